@@ -1,0 +1,19 @@
+"""Settings that must stand before torch and triton are imported, and the one reason to skip: no GPU."""
+
+import os
+
+# Two OpenMP threads beside another busy process make a convolution tens of times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:  # before triton is first imported: its kernels are then interpreted on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
