@@ -1,0 +1,27 @@
+# Everything runs in a virtual environment of its own, made on first use. PYTHON chooses the interpreter (>= 3.11).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SEED   ?= 0
+OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint bench
+
+demo: $(VENV)/installed
+	$(BIN)/fastcure finetune --preset digits --seed $(SEED) --out $(OUT)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

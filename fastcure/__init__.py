@@ -1,0 +1,15 @@
+"""fastcure: curvature regularisation (CURE) for image classifiers, exact and fast.
+
+from fastcure import CURE, curvature
+
+cure = CURE(model, h=1.25, gamma=4.0)
+cure(x, y).total.backward()
+"""
+
+from fastcure.cure import CURE, CUREOutput
+from fastcure.curvature import Curvature, curvature
+from fastcure.units import eps_to_h, h_to_eps
+
+__version__ = "0.1.0"
+
+__all__ = ["CURE", "CUREOutput", "Curvature", "__version__", "curvature", "eps_to_h", "h_to_eps"]

@@ -1,0 +1,52 @@
+"""Checks of what a caller passes: each error names the value met, the value wanted and the mend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def check_positive(name: str, value: float | Tensor, *, batch: int | None = None, zero: bool = False) -> None:
+    """Check that a number, or a tensor of one number a sample, is finite and `> 0` (`>= 0` if `zero`).
+
+    Tensors on another device than the CPU are checked for their shape alone: a look at their values would make the
+    host wait for the device.
+    """
+    if isinstance(value, Tensor):
+        wanted = [(), (1,)] if batch is None else [(), (1,), (batch,)]
+        if tuple(value.shape) not in wanted:
+            raise ValueError(f"{name} must be a number or have shape {wanted[-1]}, got shape {tuple(value.shape)}")
+        if value.device.type != "cpu" or not value.numel():
+            return
+        value = float(value.min()) if torch.isfinite(value).all() else math.nan
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise ValueError(f"{name} must be {'>=' if zero else '>'} 0, got {value}")
+
+
+def check_images(x: Tensor) -> None:
+    """Check that `x` `(B, ...)` is a batch of floating-point images, outside of any graph."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor (B, ...), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point with pixels in [0, 1], got {x.dtype}: pass x.float() / 255")
+    if x.dim() < 2:
+        raise ValueError(f"x must have a batch dimension and more, (B, ...), got shape {tuple(x.shape)}")
+    if x.requires_grad:
+        raise ValueError("x requires grad, but nothing here is differentiable in x: pass x.detach()")
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError("x carries a forward-mode tangent, which would be lost: pass its primal")
+
+
+def check_batch(x: Tensor, y: Tensor, direction: Tensor | None) -> None:
+    """Check images, and that labels and direction agree with them."""
+    check_images(x)
+    if not isinstance(y, Tensor) or y.dim() < 1 or len(y) != len(x):
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y must be a tensor with one label for each of the {len(x)} samples, got {got}")
+    if y.device != x.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}: pass y.to(x.device)")
+    if direction is not None and direction.shape != x.shape:
+        raise ValueError(f"direction must have the shape of x {tuple(x.shape)}, got {tuple(direction.shape)}")

@@ -1,0 +1,101 @@
+"""CURE as a module: the objective of a training step, `mean loss + gamma * mean penalty`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastcure.checks import check_positive
+from fastcure.curvature import BatchStats, curvature
+from fastcure.objective import LossFn, cross_entropy
+
+
+class CUREOutput(NamedTuple):
+    """What a step returns; the first three are 0-dim and differentiable in the parameters."""
+
+    total: Tensor
+    """loss + gamma * penalty."""
+    loss: Tensor
+    """Mean loss of the batch."""
+    penalty: Tensor
+    """Mean penalty of the batch."""
+    logits: Tensor
+    """(B, C), detached."""
+
+
+class CURE(nn.Module):
+    """The regularised objective of a model: `CURE(model)(x, y).total.backward()`.
+
+    Its parameters are the model's (and those of a `loss_fn` that is a module), so that
+    `DistributedDataParallel(CURE(model))` works. Save `model.state_dict()`, which knows nothing of CURE. `h` and
+    `gamma` are plain attributes for schedules to set.
+
+    Args:
+        model: the network, see `fastcure.curvature`.
+        h: L2 length of the finite step in input units, `> 0`.
+        gamma: weight of the penalty, `>= 0`.
+        loss_fn, power, engine, batch_stats: as in `fastcure.curvature`.
+
+    Raises:
+        ValueError: if `h` or `gamma` is out of range, here and when they are set.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        h: float | Tensor = 1.25,
+        gamma: float | Tensor = 4.0,
+        *,
+        loss_fn: LossFn = cross_entropy,
+        power: int = 2,
+        engine: str = "auto",
+        batch_stats: BatchStats = "frozen",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.power, self.engine, self.batch_stats = power, engine, batch_stats
+        self.h, self.gamma = h, gamma
+
+    @property
+    def h(self) -> float | Tensor:
+        """L2 length of the finite step in input units."""
+        return self._h
+
+    @h.setter
+    def h(self, value: float | Tensor) -> None:
+        check_positive("h", value)
+        self._h = value
+
+    @property
+    def gamma(self) -> float | Tensor:
+        """Weight of the penalty."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float | Tensor) -> None:
+        check_positive("gamma", value, zero=True)
+        self._gamma = value
+
+    def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
+        """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
+        out = curvature(
+            self.model,
+            x,
+            y,
+            self.h,
+            loss_fn=self.loss_fn,
+            power=self.power,
+            engine=self.engine,
+            batch_stats=self.batch_stats,
+        )
+        loss, penalty = out.loss.mean(), out.penalty.mean()
+        return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(cure)`."""
+        return (
+            f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
+            f"batch_stats={self.batch_stats!r}"
+        )

@@ -1,0 +1,46 @@
+"""Image classification data as uint8 tensors, read from the files that their authors publish."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fastcure.data import cifar10, digits, hub, idx, npz, svhn
+from fastcure.data.dataset import Dataset
+from fastcure.data.loader import Augment, Loader, default_augmentation
+
+__all__ = ["Augment", "Dataset", "Loader", "default_augmentation", "load"]
+
+_OFFICIAL: dict[str, Callable[[Path], Dataset]] = {
+    "digits": digits.read,
+    "fashion-mnist": idx.read,
+    "svhn": svhn.read,
+    "cifar10": cifar10.read,
+}
+_BY_ADDRESS: dict[str, Callable[[str], Dataset]] = {"npz": npz.read, "hf": hub.read}
+
+
+def load(name: str, data_dir: str | os.PathLike[str] = "data") -> Dataset:
+    """Load a dataset into CPU memory; nothing but ``hf:`` ever downloads.
+
+    Args:
+        name: ``digits`` (comes with scikit-learn), ``fashion-mnist``, ``svhn``, ``cifar10`` (official files),
+            ``npz:PATH`` (arrays ``x_train, y_train, x_test, y_test``; images uint8 in NHWC, NCHW or NHW) or
+            ``hf:OWNER/NAME`` (anything that ``datasets.load_dataset`` takes, a local folder such as
+            ``hf:./folder`` included).
+        data_dir: folder of the official files, themselves or in a subfolder called like the dataset.
+
+    Returns:
+        The dataset, checked: sizes agree, images are not empty, labels lie in 0..classes-1.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says where it was sought and how to get it.
+        ValueError: the name is unknown, or a file is truncated or not what it says.
+        ModuleNotFoundError: the format needs a package of the ``train`` extra.
+    """
+    kind, _, address = name.partition(":")
+    if name in _OFFICIAL:
+        return _OFFICIAL[name](Path(data_dir))
+    if kind in _BY_ADDRESS and address:
+        return _BY_ADDRESS[kind](address)
+    known = ", ".join([*_OFFICIAL, "npz:PATH", "hf:OWNER/NAME"])
+    raise ValueError(f"unknown dataset {name!r}; known are {known}")

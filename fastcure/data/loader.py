@@ -1,0 +1,110 @@
+"""Training batches from images that live on the device as bytes, and are augmented there."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Augment(NamedTuple):
+    """Random changes of a training image that keep its label.
+
+    Attributes:
+        pad: largest shift in pixels, in either direction of each axis; what moves in is zero.
+        flip: mirror left to right, with probability one half.
+    """
+
+    pad: int = 0
+    flip: bool = False
+
+
+def default_augmentation(dataset_name: str) -> Augment | None:
+    """The usual augmentation of a dataset that ``load`` knows by name; None for one's own."""
+    return {
+        "digits": Augment(pad=1),
+        "fashion-mnist": Augment(pad=2, flip=True),
+        "svhn": Augment(pad=4),
+        "cifar10": Augment(pad=4, flip=True),
+    }.get(dataset_name)
+
+
+class Loader:
+    """Iterate over batches ``(x, y)``: float32 (B, C, H, W) in [0, 1], and int64 (B,), on the device.
+
+    All that is random in an epoch (order, shifts, flips) is drawn on the CPU when its iteration starts:
+    seeded epochs are the same on every device, and the generator's state taken between two epochs is all
+    that it takes to resume there.
+
+    Args:
+        x: uint8 (N, C, H, W).
+        y: int64 (N,).
+        batch_size: B; the last batch may be smaller.
+        device: where the images live, and the batches come out.
+        shuffle: a new order each epoch.
+        augment: random changes, drawn anew each epoch.
+        generator: on the CPU; left out, torch's own.
+        drop_last: leave out a last batch that is smaller.
+
+    Raises:
+        ValueError: a shape, type or size does not fit.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        shuffle: bool = True,
+        augment: Augment | None = None,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise ValueError(f"x must be uint8 (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
+        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+            raise ValueError(f"y must be int64 ({len(x)},), got {y.dtype} {tuple(y.shape)}")
+        if batch_size < 1 or (drop_last and batch_size > len(x)):
+            raise ValueError(f"batch_size must be > 0, with drop_last <= {len(x)} images, got {batch_size}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator must be on the CPU, got {generator.device}")
+        self.augment = augment or Augment()
+        pad, (H, W) = self.augment.pad, x.shape[2:]
+        if not 0 <= pad < min(H, W):
+            raise ValueError(f"augment.pad must lie in 0..{min(H, W) - 1} for {H} x {W} images, got {pad}")
+        padded = F.pad(x.to(device), (pad,) * 4) if pad else x.to(device)
+        # A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every shift of every image: one gather crops a batch.
+        self.windows = padded.unfold(2, H, 1).unfold(3, W, 1)
+        self.y = y.to(device)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.generator = generator
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.y), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        N, B = len(self.y), self.batch_size
+        order = torch.randperm(N, generator=self.generator) if self.shuffle else torch.arange(N)
+        shifts = 2 * self.augment.pad + 1
+        columns = [order, self._draw(shifts), self._draw(shifts), self._draw(1 + self.augment.flip)]
+        plan = torch.stack(columns).to(self.y.device)
+        return (self._batch(*plan[:, B * i : B * (i + 1)]) for i in range(len(self)))
+
+    def _draw(self, choices: int) -> Tensor:
+        """A number below ``choices`` for each image; without a choice, the generator stays as it is."""
+        N = len(self.y)
+        if choices == 1:
+            return torch.zeros(N, dtype=torch.int64)
+        return torch.randint(choices, (N,), generator=self.generator)
+
+    def _batch(self, index: Tensor, down: Tensor, right: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.windows[index, :, down, right]
+        if self.augment.flip:
+            x = torch.where(mirror.bool()[:, None, None, None], x.flip(3), x)
+        return x.float() / 255, self.y[index]

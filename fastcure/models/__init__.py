@@ -1,0 +1,43 @@
+"""Networks for small images, each with its normalisation inside: they take pixels in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from fastcure.models.normalize import Normalize
+from fastcure.models.resnet import ResNet, resnet8, resnet18
+from fastcure.models.wide_resnet import WideResNet, wide_resnet28_10
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": resnet8,
+    "resnet18": resnet18,
+    "wide_resnet28_10": wide_resnet28_10,
+}
+
+
+def build(
+    name: str,
+    classes: int = 10,
+    channels: int = 3,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.25,),
+) -> nn.Module:
+    """Make the network called `name`, initialised from torch's default generator.
+
+    Args:
+        name: one of `MODELS`.
+        classes: number of outputs.
+        channels: of the input.
+        mean, std: of each channel (or one for all), in pixels in [0, 1]; kept in the model's state dict.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name](classes=classes, channels=channels, mean=mean, std=std)
+
+
+__all__ = ["MODELS", "Normalize", "ResNet", "WideResNet", "build", "resnet8", "resnet18", "wide_resnet28_10"]

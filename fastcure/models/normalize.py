@@ -1,0 +1,37 @@
+"""Normalisation as a layer, so that attacks and penalties are in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """`(x - mean) / std` per channel, for images `(B, C, H, W)` in [0, 1].
+
+    Args:
+        channels: C.
+        mean, std: one number a channel, or one for all.
+
+    Raises:
+        ValueError: if there is another count of numbers, or a `std` that is not `> 0`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, channels):
+                raise ValueError(f"{name} must have 1 or {channels} values, one a channel, got {len(values)}")
+        if min(std) <= 0:
+            raise ValueError(f"std must be > 0, got {min(std)}")
+        self.register_buffer("mean", torch.tensor(mean).float().expand(channels).clone())
+        self.register_buffer("std", torch.tensor(std).float().expand(channels).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `(B, C, H, W)`."""
+        return (x - self.mean[:, None, None]) / self.std[:, None, None]

@@ -1,0 +1,89 @@
+"""Residual networks with a 3 x 3 stem, for images of about 16 to 64 pixels (He et al., CVPR 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcure.models.normalize import Normalize
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with batch norms, and a shortcut around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            if stride != 1 or inputs != outputs
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, inputs, H, W)` to `(B, outputs, H/stride, W/stride)`."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """Stages of basic blocks, each stage after the first at half the resolution; images `(B, C, H, W)` to logits.
+
+    Args:
+        blocks: number of blocks of each stage.
+        widths: channels of each stage.
+        classes, channels, mean, std: see `fastcure.models.build`.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        widths: Sequence[int],
+        classes: int = 10,
+        channels: int = 3,
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.25,),
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(channels, mean, std)
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        stages, inputs = [], widths[0]
+        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
+            strides = [1 if stage == 0 else 2] + [1] * (count - 1)
+            stages.append(
+                nn.Sequential(*[BasicBlock(inputs if i == 0 else width, width, s) for i, s in enumerate(strides)])
+            )
+            inputs = width
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` to logits `(B, classes)`."""
+        x = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        x = self.stages(x)
+        # A mean, and no adaptive pooling: its double backward is cheap and deterministic on every device.
+        return self.fc(torch.flatten(x, 2).mean(2))
+
+
+def resnet8(
+    classes: int = 10, channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
+) -> ResNet:
+    """Three stages of one block, 16, 32 and 64 channels wide: 78 thousand parameters, for laptops."""
+    return ResNet((1, 1, 1), (16, 32, 64), classes, channels, mean, std)
+
+
+def resnet18(
+    classes: int = 10, channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
+) -> ResNet:
+    """Four stages of two blocks, 64 to 512 channels wide: 11.2 million parameters, the paper's network."""
+    return ResNet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels, mean, std)

@@ -1,0 +1,183 @@
+"""A model and its loss as one function of (x, y), in evaluation mode, that leaves both exactly as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each sample `(B,)`; y holds class indices `(B,)` or probabilities `(B, C)`.
+
+    Raises:
+        ValueError: if y has another shape, or (checked on the CPU, where looking costs nothing) a label is not in
+            0..C-1.
+    """
+    if y.is_floating_point():
+        if y.shape != logits.shape:
+            raise ValueError(
+                f"soft targets must have the shape of the logits {tuple(logits.shape)}, got {tuple(y.shape)}"
+            )
+        return F.cross_entropy(logits, y, reduction="none")
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(logits)},), one class index a sample, got {tuple(y.shape)}")
+    if y.device.type == "cpu" and len(y):
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(
+                f"labels must be in 0..{logits.shape[1] - 1}, the model having {logits.shape[1]} outputs, "
+                f"got {low}..{high}: renumber them or give the model more outputs"
+            )
+    return F.cross_entropy(logits, y.long(), reduction="none")
+
+
+class ModelWithLoss(nn.Module):
+    """`(x, y) -> (logits, loss)`; the parameters are those of the model and, if it is a module, of the loss."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the loss of each sample `(B,)`."""
+        logits = find_logits(self.model(x))
+        loss = self.loss_fn(logits, y)
+        if loss.shape != x.shape[:1]:
+            raise ValueError(
+                f"loss_fn must return one loss a sample, shape ({len(x)},), got {tuple(loss.shape)}: "
+                "use reduction='none'"
+            )
+        return logits, loss
+
+
+class Objective:
+    """`(x, y) -> (logits, loss)` of a model in evaluation mode, free of side effects.
+
+    Parameters are replaced by aliases, leaves of their own that share memory, so that the passes of the penalty
+    fire no hook of the caller's. Buffers are replaced by copies: batch norm overwrites its running statistics in
+    place without telling autograd, and a training forward between ours and the backward would corrupt gradients.
+
+    Args:
+        model: the network.
+        loss_fn: `(logits, y) -> (B,)`.
+        trainable: False to differentiate with respect to the inputs only.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn = cross_entropy, *, trainable: bool = True) -> None:
+        self.module = ModelWithLoss(model, loss_fn)
+        named = dict(self.module.named_parameters())
+        self._state = {
+            **{name: p.detach().requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
+            **{name: b.detach().clone() for name, b in self.module.named_buffers()},
+        }
+        self.trainable = trainable and any(p.requires_grad for p in named.values())
+        # A parameter that the model reaches around its own attributes (a closure) stays itself.
+        self._owner = {id(p): p for p in named.values() if p.requires_grad}
+        self._owner |= {id(self._state[name]): p for name, p in named.items() if p.requires_grad}
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `(logits, loss (B,))` of one evaluation-mode forward."""
+        logits, loss = functional_call(self.module, self._state, (x, y))
+        return logits, loss
+
+    def leaves(self, *losses: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, nn.Parameter]]:
+        """Find the trainable leaves under `losses`, each with the parameter whose gradient it carries.
+
+        Raises:
+            ValueError: at a leaf, `inputs` apart, that is a parameter of neither the model nor the loss.
+        """
+        found = []
+        for leaf in graph_leaves(*losses):
+            if any(leaf is point for point in inputs):
+                continue
+            if id(leaf) not in self._owner:
+                raise ValueError(
+                    f"a tensor of shape {tuple(leaf.shape)} that requires grad is used by the model or by loss_fn, "
+                    "but it is not one of their parameters, so its gradient would be lost: register it as an "
+                    "nn.Parameter of the model (or of a loss_fn that is a module), or detach it"
+                )
+            found.append((leaf, self._owner[id(leaf)]))
+        return found
+
+
+def find_logits(output: Any) -> Tensor:
+    """Take the logits out of what a model returned: a tensor, an object or mapping with `logits`, or a tuple.
+
+    Raises:
+        TypeError: where there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    else:
+        logits = output[0] if isinstance(output, (tuple, list)) and output else None
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model must return logits (a tensor, something with .logits, or a tuple that starts with them), "
+            f"got {type(output).__name__}"
+        )
+    return logits
+
+
+def graph_leaves(*outputs: Tensor) -> list[Tensor]:
+    """Return the leaves that require grad under `outputs`, each once."""
+    stack = [out.grad_fn for out in outputs]
+    seen = set(stack)
+    leaves = [out for out in outputs if out.grad_fn is None and out.requires_grad]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves.append(variable)
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return leaves
+
+
+@contextmanager
+def evaluation_mode(*modules: object) -> Iterator[None]:
+    """Set the flag of every submodule to evaluation, and restore each one exactly, also after an exception.
+
+    The flags are set directly: a model's own `train()` may have side effects (merged adapters, for instance).
+    What is not an `nn.Module` is passed over.
+    """
+    flags = [(m, m.training) for root in modules if isinstance(root, nn.Module) for m in root.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module that can be differentiated twice: the one inside a `torch.compile` wrapper.
+
+    Raises:
+        TypeError: for what is not a module, or one that synchronises gradients by itself.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model must not be a DistributedDataParallel: its gradients would not be averaged; "
+            "wrap the regulariser instead, DistributedDataParallel(CURE(model))"
+        )
+    original = getattr(model, "_orig_mod", model)
+    assert isinstance(original, nn.Module)
+    return original

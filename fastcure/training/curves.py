@@ -1,0 +1,56 @@
+"""The picture of a run: accuracy and penalty by epoch, and accuracy against eps before and after."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey print.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
+
+
+def draw_curves(
+    history: list[dict[str, Any]],
+    metrics: dict[str, dict[str, Any]],
+    path: str | os.PathLike[str],
+    title: str,
+) -> None:
+    """Draw `history` (rows of history.csv) and `metrics` (of metrics.json) into a PNG at `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_epoch, by_penalty, by_eps = figure.subplots(1, 3)
+    figure.suptitle(f"CURE on {title}", fontsize=12)
+
+    epochs = range(1, len(history) + 1)
+    robust_eps = list(metrics["after"]["pgd"])[-1]
+    by_epoch.plot(epochs, [row["clean"] for row in history], color=BLUE, label="clean")
+    label = f"PGD-10, eps {robust_eps}"
+    by_epoch.plot(epochs, [row["pgd"] for row in history], color=ORANGE, ls="--", label=label)
+    by_epoch.set(xlabel="epoch", ylabel="accuracy (128 test images)", ylim=(-0.02, 1.02))
+
+    fine_tuned = [(epoch, row) for epoch, row in zip(epochs, history, strict=True) if row["phase"] == "cure"]
+    steps = [epoch for epoch, _ in fine_tuned]
+    by_penalty.plot(steps, [row["penalty"] for _, row in fine_tuned], color=ORANGE, ls="--", label="penalty")
+    by_penalty.plot(steps, [row["loss"] for _, row in fine_tuned], color=BLUE, label="loss")
+    by_penalty.set(xlabel="epoch", ylabel="mean of the epoch", yscale="log")
+    first = steps[0]
+    if first > 1:
+        for axes in (by_epoch,):
+            axes.axvline(first - 0.5, color=GREY, lw=1, ls=":")
+            axes.annotate("CURE starts", (first - 0.4, 0.5), color=GREY, fontsize=9, rotation=90, va="center")
+
+    for name, style, colour, words in (
+        ("before", "--o", GREY, "before"),
+        ("after", "-s", BLUE, "after CURE"),
+    ):
+        points = {0.0: metrics[name]["clean"], **{float(e): v for e, v in metrics[name]["pgd"].items()}}
+        by_eps.plot(list(points), list(points.values()), style, color=colour, label=words)
+    by_eps.set(xlabel="eps of PGD-10, pixels in [0, 1]", ylabel="accuracy (test set)", ylim=(-0.02, 1.02))
+    for axes in (by_epoch, by_penalty, by_eps):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -1,0 +1,66 @@
+"""Schedules of gamma, h and the learning rate, written as `4x10,8x5,12x5` or `0:4x30%,4`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """From `start` to `stop`, linearly, in `epochs` epochs."""
+
+    start: float
+    stop: float
+    epochs: float
+
+
+class Schedule(NamedTuple):
+    """A piecewise linear function of the epoch."""
+
+    segments: tuple[Segment, ...]
+
+    def at(self, epoch: float) -> float:
+        """Return the value at a (fractional) epoch; past the end, the last value."""
+        for segment in self.segments:
+            if epoch < segment.epochs:
+                return segment.start + (segment.stop - segment.start) * epoch / segment.epochs
+            epoch -= segment.epochs
+        return self.segments[-1].stop
+
+
+def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
+    """Read a schedule: segments `VALUE` or `FROM:TO`, each but the last followed by `xEPOCHS`, joined by commas.
+
+    `4x10,8x5,12x5` holds 4 for ten epochs, then 8 for five, then 12 for five; `0:4x30%,4` climbs from 0 to 4 in the
+    first 30 % of the run and stays; `1e-3:1e-5` falls throughout.
+
+    Args:
+        name: of the setting, for errors.
+        text: the schedule.
+        epochs: length of the run; a last segment without `xEPOCHS` takes what is left of it.
+
+    Raises:
+        ValueError: if it cannot be read, has a negative value, or does not last `epochs` epochs.
+    """
+    parts = text.replace(" ", "").split(",")
+    segments, left = [], float(epochs)
+    for index, part in enumerate(parts):
+        values, _, length = part.partition("x")
+        start, _, stop = values.partition(":")
+        try:
+            if not length and index == len(parts) - 1:
+                lasts = left
+            else:
+                lasts = float(length[:-1]) / 100 * epochs if length.endswith("%") else float(length)
+            segment = Segment(float(start), float(stop or start), lasts)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be a number or a schedule such as 4x10,8x5,12x5 or 0:4x30%,4, got {text!r}"
+            ) from None
+        if not all(math.isfinite(v) and v >= 0 for v in segment):
+            raise ValueError(f"{name} must be finite and >= 0 throughout, got {part!r} in {text!r}")
+        segments.append(segment)
+        left -= lasts
+    if abs(left) > 1e-9:
+        raise ValueError(f"{name} must last the run's {epochs} epochs, got {epochs - left:g} in {text!r}")
+    return Schedule(tuple(segments))
