@@ -1,0 +1,110 @@
+"""Networks of every kind that the penalty must be right on, and the measure of being right."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.models import resnet8
+
+
+class Network(NamedTuple):
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    """of one sample"""
+    smooth: bool
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Shared(nn.Module):
+    """One layer used twice, and one weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 6, bias=False)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(torch.tanh(self.first(x)))))
+
+
+def convolutional(norm: Callable[[int], nn.Module], activation: type[nn.Module], pool: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        norm(8),
+        activation(),
+        Residual(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), norm(8), activation())),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        activation(),
+        pool,
+        nn.Flatten(),
+        nn.LazyLinear(7),
+    )
+
+
+def pooled(norm: Callable[[int], nn.Module], activation: type[nn.Module], pool: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: convolutional(norm, activation, pool)
+
+
+def layer_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(1, channels)
+
+
+NETWORKS = {
+    "batch_norm-relu-max": Network(pooled(nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d(2)), (3, 11, 9), False),
+    "group_norm-relu-average": Network(pooled(lambda c: nn.GroupNorm(4, c), nn.ReLU, nn.AvgPool2d(3)), (3, 11, 9), False),
+    "batch_norm-gelu-average": Network(pooled(nn.BatchNorm2d, nn.GELU, nn.AvgPool2d(2)), (3, 10, 7), True),
+    "layer_norm-gelu-adaptive": Network(pooled(layer_norm, nn.GELU, nn.AdaptiveAvgPool2d(2)), (3, 9, 9), True),
+    "mlp-relu": Network(
+        lambda: nn.Sequential(nn.Linear(13, 17), nn.LayerNorm(17), nn.ReLU(), nn.Linear(17, 5)), (13,), False
+    ),
+    "mlp-softplus": Network(lambda: nn.Sequential(nn.Linear(13, 17), nn.Softplus(), nn.Linear(17, 5)), (13,), True),
+    "shared": Network(Shared, (6,), True),
+    "resnet8": Network(lambda: resnet8(classes=5, channels=2), (2, 8, 12), False),
+}
+
+
+class Case(NamedTuple):
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def copy(self, dtype: torch.dtype | None = None) -> "Case":
+        """The same network, twice; in another dtype if one is given."""
+        model = copy.deepcopy(self.model)
+        return Case(model.to(dtype), self.x.to(dtype or self.x.dtype), self.y)
+
+
+def make(network: Network, batch: int, seed: int, dtype: torch.dtype = torch.float64) -> Case:
+    """A network with batch statistics that are not trivial, in training mode, and a batch of random images."""
+    torch.manual_seed(seed)
+    model = network.build()
+    x = torch.rand(batch, *network.shape)
+    model(torch.rand(16, *network.shape))  # running statistics; lazy layers
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    with torch.no_grad():
+        classes = model(x[:1].expand(2, *network.shape)).shape[1]
+    return Case(model.to(dtype), x.to(dtype), torch.randint(classes, (batch,)))
+
+
+def relative(value: Tensor | Sequence[Tensor], truth: Tensor | Sequence[Tensor]) -> float:
+    """||value - truth|| / ||truth|| over all tensors together."""
+    values = [value] if isinstance(value, Tensor) else value
+    truths = [truth] if isinstance(truth, Tensor) else truth
+    a = torch.cat([v.detach().double().flatten() for v in values])
+    b = torch.cat([t.detach().double().flatten() for t in truths])
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,312 @@
+"""What `curvature` promises besides the right numbers: each way to a silent mistake is closed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from networks import NETWORKS, Case, make, relative
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcure import CURE, curvature
+from fastcure.flops import FlopCounter
+
+ENGINES = ["eager", "reference"]
+
+
+@pytest.fixture
+def case() -> Case:
+    return make(NETWORKS["batch_norm-relu-max"], 6, seed=0)
+
+
+def flat_gradients(case: Case) -> list[Tensor]:
+    return [p.grad for p in case.model.parameters()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_training_forward_before_the_backward_changes_nothing(case: Case, engine: str) -> None:
+    twin = case.copy()
+    curvature(*twin, engine=engine).penalty.sum().backward()
+    out = curvature(*case, engine=engine)
+    case.model.train()
+    case.model(torch.randn_like(case.x) * 5)  # overwrites the running statistics in place
+    out.penalty.sum().backward()
+    assert relative(flat_gradients(case), flat_gradients(twin)) == 0
+
+
+def test_flags_buffers_and_gradients_come_back(case: Case) -> None:
+    case.model[1].eval()
+    case.model[0].weight.requires_grad_(False)
+    case.model[0].weight.grad = torch.ones_like(case.model[0].weight)
+    flags = [m.training for m in case.model.modules()]
+    buffers = [b.clone() for b in case.model.buffers()]
+    wanted = [p.requires_grad for p in case.model.parameters()]
+    curvature(*case)
+    assert [m.training for m in case.model.modules()] == flags
+    assert [p.requires_grad for p in case.model.parameters()] == wanted
+    assert all(torch.equal(a, b) for a, b in zip(case.model.buffers(), buffers, strict=True))
+    assert [p.grad is None for p in case.model.parameters()] == [False] + [True] * (len(wanted) - 1)
+
+
+def test_everything_comes_back_after_an_exception(case: Case) -> None:
+    flags = [m.training for m in case.model.modules()]
+    weight = case.model[0].weight
+
+    def fails(logits: Tensor, y: Tensor) -> Tensor:
+        raise KeyError("from the loss")
+
+    with pytest.raises(KeyError, match="from the loss"):
+        curvature(*case, loss_fn=fails)
+    assert [m.training for m in case.model.modules()] == flags
+    assert case.model[0].weight is weight
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_dropout_is_off_in_frozen_mode(engine: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    x, y = torch.rand(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+    first, second = (curvature(model, x, y, engine=engine).penalty for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_trainable_tensor_that_is_no_parameter_is_an_error(case: Case, engine: str) -> None:
+    free = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match=r"shape \(\).*not one of their parameters.*register it"):
+        curvature(*case, engine=engine, loss_fn=lambda logits, y: free * F.cross_entropy(logits, y, reduction="none"))
+
+    class FastWeights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = nn.Linear(3, 3)
+            self.fast = self.slow.weight.detach().clone().requires_grad_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.slow(x), self.fast)
+
+    with pytest.raises(ValueError, match=r"shape \(3, 3\).*not one of their parameters"):
+        curvature(FastWeights(), torch.rand(2, 3), torch.tensor([0, 1]), engine=engine)
+
+
+def test_a_parameter_reached_around_the_models_attributes_is_trained() -> None:
+    model = nn.Linear(3, 3)
+    weight = model.weight
+    model.forward = lambda x: torch.tanh(x @ weight)
+    out = curvature(model, torch.rand(2, 3), torch.tensor([0, 1]))
+    (out.loss + out.penalty).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.norm() > 0
+    assert model.bias.grad is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_partly_frozen_model(case: Case, engine: str) -> None:
+    twin = case.copy()
+    curvature(*twin).penalty.sum().backward()
+    for parameter in list(case.model.parameters())[:4]:
+        parameter.requires_grad_(False)
+    curvature(*case, engine=engine).penalty.sum().backward()
+    assert all(p.grad is None for p in list(case.model.parameters())[:4])
+    assert relative(flat_gradients(case)[4:], flat_gradients(twin)[4:]) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_with_nothing_to_train(case: Case, engine: str) -> None:
+    wanted = curvature(*case).penalty
+    out = curvature(case.model.requires_grad_(False), case.x, case.y, engine=engine)
+    assert not out.penalty.requires_grad
+    torch.testing.assert_close(out.penalty, wanted.detach())
+
+
+@pytest.mark.parametrize("batch_stats", ["frozen", "split"])
+def test_loss_and_penalty_may_go_backward_one_after_the_other(case: Case, batch_stats: str) -> None:
+    twin = case.copy()
+    out = curvature(*twin, batch_stats=batch_stats)
+    (out.loss.mean() + 3 * out.penalty.mean()).backward()
+    out = curvature(*case, batch_stats=batch_stats)
+    out.loss.mean().backward(retain_graph=True)
+    (3 * out.penalty.mean()).backward()
+    assert relative(flat_gradients(case), flat_gradients(twin)) < 1e-12
+
+
+def test_the_gradient_of_the_loss_alone_does_not_pay_for_the_penalty() -> None:
+    case = make(NETWORKS["resnet8"], 6, seed=0)
+    with torch.no_grad(), FlopCounter() as forward:
+        case.model(case.x)
+    out = curvature(*case)
+    with FlopCounter() as backward:
+        out.loss.sum().backward()
+    assert backward.total <= 2.05 * forward.total
+
+
+def test_a_second_backward_needs_retain_graph(case: Case) -> None:
+    out = curvature(*case)
+    out.penalty.sum().backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        out.loss.sum().backward()
+
+
+def test_the_inner_graph_is_freed_by_backward_not_by_the_caller(case: Case) -> None:
+    out = curvature(*case)
+    freed = out.penalty.grad_fn
+    out.penalty.sum().backward()
+    assert freed.state is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_second_derivative_is_an_error(case: Case, engine: str) -> None:
+    out = curvature(*case, engine=engine)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.penalty.sum(), list(case.model.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_power_one_has_gradient_zero_where_the_penalty_is_zero(engine: str) -> None:
+    model = nn.Linear(4, 3).double()
+
+    def linear(logits: Tensor, y: Tensor) -> Tensor:  # its gradient is the same everywhere
+        return logits.gather(1, y[:, None]).squeeze(1)
+
+    x, y = torch.rand(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+    out = curvature(model, x, y, loss_fn=linear, power=1, engine=engine)
+    assert torch.equal(out.penalty, torch.zeros(5).double())
+    out.penalty.sum().backward()
+    assert torch.equal(model.weight.grad, torch.zeros(3, 4).double())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_zero_gradient_gives_a_zero_penalty(engine: str, power: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+    nn.init.constant_(model[0].bias, -100.0)  # every unit is off
+    x, y = torch.rand(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+    out = curvature(model, x, y, power=power, engine=engine)
+    assert torch.equal(out.penalty, torch.zeros(5).double())
+    out.penalty.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("power", [1, 2])
+def test_nan_is_not_hidden(case: Case, engine: str, power: int) -> None:
+    x = case.x.clone()
+    x[2, 0, 0, 0] = torch.nan
+    penalty = curvature(case.model, x, case.y, engine=engine, power=power).penalty
+    assert penalty.isnan().tolist() == [False, False, True, False, False, False]
+
+
+class Temperature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logarithm = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits * self.logarithm.exp(), y, reduction="none")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_learnable_loss(case: Case, engine: str) -> None:
+    def penalty(logarithm: float) -> Tensor:
+        loss_fn = Temperature().double()
+        nn.init.constant_(loss_fn.logarithm, logarithm)
+        out = curvature(*case, loss_fn=loss_fn, engine=engine, direction=direction).penalty.sum()
+        out.backward()
+        return out.detach(), loss_fn.logarithm.grad
+
+    direction = torch.randn_like(case.x)
+    (above, _), (below, _), (_, exact) = penalty(0.3 + 1e-6), penalty(0.3 - 1e-6), penalty(0.3)
+    torch.testing.assert_close(exact, (above - below) / 2e-6, rtol=1e-6, atol=0)
+    assert len(list(CURE(case.model, loss_fn=Temperature()).parameters())) == len(list(case.model.parameters())) + 1
+
+
+def test_hooks_on_parameters_fire_once_with_the_whole_gradient(case: Case) -> None:
+    seen = []
+    weight = case.model[0].weight
+    weight.register_hook(seen.append)
+    out = curvature(*case)
+    (out.loss + out.penalty).sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], weight.grad)
+
+
+def test_without_grad_nothing_is_kept(case: Case) -> None:
+    wanted = curvature(*case)
+    with torch.no_grad():
+        out = curvature(*case)
+    assert not out.penalty.requires_grad
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.penalty, wanted.penalty.detach())
+
+
+@pytest.mark.parametrize("wrap", [lambda t: (t, 1), lambda t: {"logits": t}, lambda t: SimpleNamespace(logits=t)])
+def test_logits_are_found_in_what_a_model_returns(wrap: object) -> None:
+    case = make(NETWORKS["mlp-relu"], 4, seed=0)
+    wanted = curvature(*case)
+    plain = case.model.forward
+    case.model.forward = lambda x: wrap(plain(x))
+    torch.testing.assert_close(curvature(*case), wanted)
+
+
+def test_a_compiled_model_is_used_uncompiled(case: Case) -> None:
+    compiled = torch.compile(case.model, backend="eager")
+    torch.testing.assert_close(curvature(compiled, case.x, case.y), curvature(*case))
+
+
+def bad(**changes: object) -> dict[str, object]:
+    return {"model": nn.Linear(3, 4), "x": torch.rand(2, 3), "y": torch.tensor([0, 3]), **changes}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (bad(h=-1.0), ValueError, "h must be > 0, got -1.0"),
+        (bad(h=0), ValueError, "h must be > 0, got 0"),
+        (bad(h=float("nan")), ValueError, "h must be > 0, got nan"),
+        (bad(h=torch.tensor([1.0, -2.0])), ValueError, "h must be > 0, got -2.0"),
+        (bad(h=torch.ones(3)), ValueError, r"shape \(2,\), got shape \(3,\)"),
+        (bad(power=3), ValueError, "power must be 1 or 2, got 3"),
+        (bad(batch_stats="train"), ValueError, "'frozen' or 'split', got 'train'"),
+        (bad(engine="fast"), ValueError, "engine must be one of auto, eager, reference, got 'fast'"),
+        (bad(y=torch.tensor([0, 4])), ValueError, r"labels must be in 0\.\.3.* got 0\.\.4"),
+        (bad(y=torch.tensor([-1, 2])), ValueError, r"got -1\.\.2"),
+        (bad(y=torch.tensor([1])), ValueError, "one label for each of the 2 samples"),
+        (bad(y=torch.tensor([[1], [2]])), ValueError, r"shape \(2,\), one class index a sample, got \(2, 1\)"),
+        (bad(y=torch.rand(2, 3)), ValueError, r"shape of the logits \(2, 4\), got \(2, 3\)"),
+        (bad(x=torch.ones(2, 3, dtype=torch.uint8)), TypeError, r"got torch.uint8: pass x.float\(\) / 255"),
+        (bad(x=[1.0]), TypeError, "x must be a tensor"),
+        (bad(x=torch.rand(2)), ValueError, "batch dimension"),
+        (bad(x=torch.rand(2, 3, requires_grad=True)), ValueError, r"pass x.detach\(\)"),
+        (bad(direction=torch.rand(2, 4)), ValueError, r"shape of x \(2, 3\), got \(2, 4\)"),
+        (bad(loss_fn=F.cross_entropy), ValueError, "use reduction='none'"),
+        (bad(model=torch.tanh), TypeError, "torch.nn.Module, got builtin"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        curvature(**call)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own, in make_dual
+def test_forward_mode_is_refused() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.rand(2, 3), torch.rand(2, 3))
+        with pytest.raises(ValueError, match="forward-mode tangent"):
+            curvature(nn.Linear(3, 4), x, torch.tensor([0, 1]))
+
+
+def test_a_model_wrapped_by_ddp_is_refused(tmp_path: object) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[operator]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(3, 4)
+        x, y = torch.rand(2, 3), torch.tensor([0, 1])
+        with pytest.raises(TypeError, match=r"DistributedDataParallel\(CURE\(model\)\)"):
+            curvature(nn.parallel.DistributedDataParallel(model), x, y)
+        wrapped = nn.parallel.DistributedDataParallel(CURE(model))
+        wrapped(x, y).total.backward()
+        plain = nn.Linear(3, 4)
+        plain.load_state_dict(model.state_dict())
+        CURE(plain)(x, y).total.backward()
+        torch.testing.assert_close(model.weight.grad, plain.weight.grad)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,142 @@
+"""The datasets library, on local folders and without a network."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcure.data import load
+
+NAMES = ["train/cat/0.png", "train/dog/1.png", "test/cat/2.png"]
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            patch.setenv(name, "1")
+        import datasets
+
+        yield datasets
+
+
+@pytest.fixture(autouse=True)
+def caches(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (7, 5)) -> Image.Image:
+    shape = size[::-1] + ((len(mode),) if mode != "L" else ())
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def write_folder(root: Path, pictures: dict[str, Image.Image]) -> str:
+    for name, image in pictures.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / name)
+    return f"hf:{root}"
+
+
+def write_parquet(library: Any, root: Path, features: dict[str, Any], **splits: dict[str, list[Any]]) -> str:
+    root.mkdir()
+    for split, columns in splits.items():
+        table = library.Dataset.from_dict(columns, features=library.Features(features))
+        table.to_parquet(root / f"{split}.parquet")
+    return f"hf:{root}"
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    pictures = {f"train/{kind}/{i}.png": picture(i) for i, kind in enumerate(["cat", "cat", "dog", "owl"])}
+    pictures |= {f"test/{kind}/{i}.png": picture(9 + i) for i, kind in enumerate(["owl", "cat"])}
+    data = load(write_folder(tmp_path / "pets", pictures))
+    assert data.x_train.shape == (4, 3, 5, 7)
+    assert data.y_train.tolist() == [0, 0, 1, 2]
+    assert data.y_test.tolist() == [0, 2]
+    assert (data.classes, data.name) == (3, f"hf:{tmp_path / 'pets'}")
+    assert (data.x_train[2].permute(1, 2, 0).numpy() == np.asarray(picture(2))).all()
+
+
+def test_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "pets", {name: picture(0) for name in NAMES})
+    monkeypatch.chdir(tmp_path)
+    assert load("hf:./pets").x_train.shape == (2, 3, 5, 7)
+
+
+def test_grey_stays_grey_and_mixed_becomes_colour(tmp_path: Path) -> None:
+    grey = {name: picture(i, "L") for i, name in enumerate(NAMES)}
+    data = load(write_folder(tmp_path / "grey", grey))
+    assert data.x_train.shape == (2, 1, 5, 7)
+    assert (data.x_test[0, 0].numpy() == np.asarray(picture(2, "L"))).all()
+    mixed = load(write_folder(tmp_path / "mixed", {**grey, NAMES[2]: picture(2, "RGBA")}))
+    assert mixed.x_train.shape == (2, 3, 5, 7)
+    assert (mixed.x_train == data.x_train).all()
+    assert (mixed.x_test[0].permute(1, 2, 0).numpy() == np.asarray(picture(2, "RGBA"))[..., :3]).all()
+
+
+def test_parquet_with_class_label_and_validation(library: Any, tmp_path: Path) -> None:
+    features = {
+        "img": library.Image(),
+        "species": library.ClassLabel(names=["a", "b", "c"]),
+        "note": library.Value("string"),
+    }
+    train = {"img": [picture(i) for i in range(3)], "species": [2, 0, 0], "note": ["", "x", "y"]}
+    validation = {"img": [picture(5)], "species": [1], "note": [""]}
+    data = load(write_parquet(library, tmp_path / "zoo", features, train=train, validation=validation))
+    assert data.y_train.tolist() == [2, 0, 0]
+    assert data.y_test.tolist() == [1]
+    assert data.classes == 3
+    assert (data.x_test[0].permute(1, 2, 0).numpy() == np.asarray(picture(5))).all()
+
+
+def test_whole_number_labels(library: Any, tmp_path: Path) -> None:
+    features = {"image": library.Image(), "labels": library.Value("int8")}
+    columns = {"image": [picture(i) for i in range(3)], "labels": [1, 0, 1]}
+    data = load(write_parquet(library, tmp_path / "set", features, train=columns, test=columns))
+    assert data.y_train.tolist() == [1, 0, 1]
+    assert data.classes == 2
+
+
+def test_unlabelled_test_split(library: Any, tmp_path: Path) -> None:
+    features = {"image": library.Image(), "label": library.ClassLabel(names=["a", "b"])}
+    train, test = ({"image": [picture(0)] * 2, "label": labels} for labels in ([0, 1], [-1, -1]))
+    with pytest.raises(ValueError, match=r"test labels must lie in 0\.\.1, got -1\.\.-1"):
+        load(write_parquet(library, tmp_path / "set", features, train=train, test=test))
+
+
+@pytest.mark.parametrize("label", ["fine", "name"])
+def test_ambiguous_columns(library: Any, tmp_path: Path, label: str) -> None:
+    kinds = {"fine": library.ClassLabel(names=["a"]), "coarse": library.ClassLabel(names=["a"])}
+    features = {"image": library.Image(), **(kinds if label == "fine" else {"name": library.Value("string")})}
+    columns = {key: [picture(0) if key == "image" else "a"] for key in features}
+    with pytest.raises(ValueError, match=f"needs one Image column and one label column, has .*{label}"):
+        load(write_parquet(library, tmp_path / "set", features, train=columns, test=columns))
+
+
+def test_missing_split(tmp_path: Path) -> None:
+    name = write_folder(tmp_path / "pets", {"train/cat/0.png": picture(0)})
+    with pytest.raises(ValueError, match=r"needs the splits train and test \(or validation\), has train"):
+        load(name)
+
+
+def test_unequal_sizes(tmp_path: Path) -> None:
+    pictures = {**dict.fromkeys(NAMES, picture(0)), NAMES[1]: picture(1, size=(4, 9))}
+    with pytest.raises(ValueError, match="must have one size, got 7x5 and 4x9; resize them first"):
+        load(write_folder(tmp_path / "pets", pictures))
+
+
+def test_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((5, 7), 40_000, np.uint16))
+    pictures = {**dict.fromkeys(NAMES, picture(0)), NAMES[1]: deep}
+    with pytest.raises(ValueError, match=r"image 1 must have 8 bits a channel, got Pillow mode I"):
+        load(write_folder(tmp_path / "pets", pictures))
+
+
+def test_nothing_is_looked_up_on_the_network(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"(?i)offline|couldn't|not found|doesn't exist"):
+        load("hf:nobody/nothing-of-this-name")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
