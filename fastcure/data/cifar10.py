@@ -16,7 +16,7 @@ from fastcure.data.files import Readable, find, missing, read_exactly, reading
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-MAX_BATCH = 1 << 25  # bytes; the largest official one is 31,035,999
+MAX_BATCH = 1 << 25  # bytes; the official ones hold about 31 million
 _RECORD = 1 + 3072
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import EINVAL
 from pathlib import Path
 from typing import Protocol
 
-MAX_BYTES = 2 << 30  # of one array: ten times the largest official one
+MAX_BYTES = 2 << 30  # of one array: nine times the largest official one
 _CHUNK = 1 << 20
 
 
@@ -48,9 +49,9 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever a damaged or hostile file provokes into a one-line ValueError naming the file."""
     try:
         yield
-    except Exception as error:  # zlib, gzip, tarfile, zipfile, pickle and scipy each raise their own
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's word (permissions, input/output), not the format's
+    except Exception as error:  # zlib, gzip, tarfile, zipfile and pickle each raise their own
+        if isinstance(error, OSError) and error.errno not in (None, EINVAL):
+            raise  # the system's word (permissions, input/output); EINVAL comes of lying offsets
         text = " ".join(str(error).split())
         if type(error) is not ValueError:
             text = f"damaged, or not what its name says ({type(error).__name__}: {text})"

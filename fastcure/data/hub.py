@@ -20,8 +20,8 @@ def read(address: str) -> Dataset:
     The images are the column of type Image; the labels the ClassLabel column, or an integer column called
     label or labels. Images come out grey if all are, else as RGB, and must have one size.
     """
+    extra("PIL")  # which the library needs for images without saying so
     library = extra("datasets")
-    extra("PIL")
     name = f"hf:{address}"
     splits = library.load_dataset(address)
     test = next((split for split in ("test", "validation") if split in splits), None)

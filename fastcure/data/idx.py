@@ -15,10 +15,11 @@ from fastcure.data.files import find, read_exactly, reading
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package
 SOURCE = "https://github.com/zalandoresearch/fashion-mnist, or on Debian: apt-get install dataset-fashion-mnist"
 FILES = [
-    f"{split}-{content}-ubyte"
-    for split in ("train", "t10k")
-    for content in ("images-idx3", "labels-idx1")
-]  # fmt: skip
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
 
 
 def read(data_dir: Path) -> Dataset:

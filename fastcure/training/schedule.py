@@ -45,10 +45,10 @@ def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
     parts = text.replace(" ", "").split(",")
     segments, left = [], float(epochs)
     for index, part in enumerate(parts):
-        values, _, length = part.partition("x")
+        values, cross, length = part.partition("x")
         start, _, stop = values.partition(":")
         try:
-            if not length and index == len(parts) - 1:
+            if not cross and index == len(parts) - 1:
                 lasts = left
             else:
                 lasts = float(length[:-1]) / 100 * epochs if length.endswith("%") else float(length)

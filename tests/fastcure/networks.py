@@ -63,7 +63,9 @@ def layer_norm(channels: int) -> nn.Module:
 
 NETWORKS = {
     "batch_norm-relu-max": Network(pooled(nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d(2)), (3, 11, 9), False),
-    "group_norm-relu-average": Network(pooled(lambda c: nn.GroupNorm(4, c), nn.ReLU, nn.AvgPool2d(3)), (3, 11, 9), False),
+    "group_norm-relu-average": Network(
+        pooled(lambda c: nn.GroupNorm(4, c), nn.ReLU, nn.AvgPool2d(3)), (3, 11, 9), False
+    ),
     "batch_norm-gelu-average": Network(pooled(nn.BatchNorm2d, nn.GELU, nn.AvgPool2d(2)), (3, 10, 7), True),
     "layer_norm-gelu-adaptive": Network(pooled(layer_norm, nn.GELU, nn.AdaptiveAvgPool2d(2)), (3, 9, 9), True),
     "mlp-relu": Network(

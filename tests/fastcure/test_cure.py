@@ -55,8 +55,9 @@ def test_lengths_and_pixel_steps_convert_both_ways() -> None:
 
 
 def test_a_step_of_length_h_is_an_fgsm_step() -> None:
-    from fastcure.attacks import fgsm
     from fastcure_kernels import direction_step
+
+    from fastcure.attacks import fgsm
 
     case = make(NETWORKS["mlp-softplus"], 5, seed=0)
     x = case.x.clone().requires_grad_()

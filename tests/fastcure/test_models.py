@@ -7,7 +7,9 @@ from torch import nn
 from fastcure.models import MODELS, Normalize, WideResNet, build
 
 
-@pytest.mark.parametrize(("name", "millions"), [("resnet8", 0.0780), ("resnet18", 11.174), ("wide_resnet28_10", 36.479)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("resnet8", 0.0780), ("resnet18", 11.174), ("wide_resnet28_10", 36.479)]
+)
 def test_parameter_counts_are_the_published_ones(name: str, millions: float) -> None:
     count = sum(p.numel() for p in build(name).parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.001)

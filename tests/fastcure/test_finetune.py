@@ -1,0 +1,225 @@
+"""The bundled script, run as a user runs it, on data small enough for a test."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastcure.cli import main
+from fastcure.models import resnet8
+from fastcure.training.settings import make_settings
+
+FILES = [
+    "config.json",
+    "curves.png",
+    "environment.json",
+    "history.csv",
+    "metrics.json",
+    "model.safetensors",
+    "original.safetensors",
+]
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 8 x 8 images, dark and bright."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 72)
+    x = (rng.integers(0, 128, (72, 8, 8, 3)) + 127 * y[:, None, None, None]).astype(np.uint8)
+    path = tmp_path_factory.mktemp("npz") / "bright.npz"
+    np.savez(path, x_train=x[:48], y_train=y[:48], x_test=x[48:], y_test=y[48:])
+    return path
+
+
+def finetune(npz: Path, out: Path, *flags: str) -> int:
+    small = ["--pretrain-epochs", "2", "--epochs", "2", "--batch-size", "16", "--eps", "8/255,0.1", "--gamma", "0.1"]
+    return main(["finetune", "--dataset", f"npz:{npz}", "--out", str(out), *small, *flags])
+
+
+def read(out: Path, name: str) -> dict:
+    return json.loads((out / name).read_text())
+
+
+def history(out: Path) -> list[dict[str, str]]:
+    with (out / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert finetune(npz, out) == 0
+    return out
+
+
+def test_the_folder_holds_what_is_promised(run: Path) -> None:
+    assert sorted(p.name for p in run.iterdir()) == FILES
+    metrics = read(run, "metrics.json")
+    assert list(metrics) == ["before", "after"]
+    for side in metrics.values():
+        assert list(side["pgd"]) == ["0.0313725", "0.1"]
+        assert all(0 <= value <= 1 for value in [side["clean"], *side["pgd"].values()])
+    rows = history(run)
+    assert [(row["phase"], row["epoch"]) for row in rows] == [
+        ("pretrain", "1"), ("pretrain", "2"), ("cure", "1"), ("cure", "2")
+    ]  # fmt: skip
+    assert read(run, "config.json")["gamma"] == "0.1"
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_load_into_the_bare_model_and_say_nothing_of_the_machine(run: Path) -> None:
+    states = [load_file(run / name) for name in ("original.safetensors", "model.safetensors")]
+    for state in states:
+        resnet8(classes=2).load_state_dict(state)
+    assert not torch.equal(states[0]["fc.weight"], states[1]["fc.weight"])
+    # Frozen: CURE moves no running statistic.
+    assert torch.equal(states[0]["bn1.running_mean"], states[1]["bn1.running_mean"])
+    assert str(run).encode() not in (run / "model.safetensors").read_bytes()
+
+
+def test_a_seeded_run_repeats_bit_for_bit(run: Path, npz: Path, tmp_path: Path) -> None:
+    assert finetune(npz, tmp_path / "again") == 0
+    assert finetune(npz, tmp_path / "other", "--seed", "1") == 0
+    for name in ("original.safetensors", "model.safetensors", "history.csv", "metrics.json"):
+        assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert (run / "model.safetensors").read_bytes() != (tmp_path / "other" / "model.safetensors").read_bytes()
+
+
+def test_a_folder_that_holds_a_run_is_refused(run: Path, npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert finetune(npz, run) == 2
+    assert "holds something: choose another" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+def test_a_checkpoint_takes_the_place_of_normal_training(run: Path, npz: Path, tmp_path: Path, suffix: str) -> None:
+    state = load_file(run / "original.safetensors")
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} if suffix == ".pth" else state, path)
+    assert finetune(npz, tmp_path / "out", "--checkpoint", str(path)) == 0
+    assert (tmp_path / "out" / "original.safetensors").read_bytes() == (run / "original.safetensors").read_bytes()
+    assert read(tmp_path / "out", "metrics.json")["before"] == read(run, "metrics.json")["before"]
+    assert {row["phase"] for row in history(tmp_path / "out")} == {"cure"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch-stats", "split"],
+        ["--power", "1", "--gamma", "0:0.1x50%,0.1"],
+        ["--engine", "reference"],
+        ["--amp", "bf16"],
+        ["--limit", "20", "--no-augment", "--pretrain-epochs", "0"],
+    ],
+)
+def test_options_run(npz: Path, tmp_path: Path, flags: list[str]) -> None:
+    assert finetune(npz, tmp_path / "out", *flags) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
+
+
+def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 20)):
+        labels = np.arange(count)[:, None] % 10 + 1  # 10 is the digit 0
+        images = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": images, "y": labels.astype(np.uint8)})
+    flags = ["--dataset", "svhn", "--data-dir", str(tmp_path), "--preset", "svhn-paper", "--model", "resnet8"]
+    assert main(["finetune", *flags, "--epochs", "1", "--pretrain-epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    config = read(tmp_path / "out", "config.json")
+    assert (config["gamma"], config["h"], config["lr"]) == ("4x50%,8x25%,12x25%", "1.25", "1e-4:1e-6")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--h", "0"], "h must be > 0, got 0"),
+        (["--h", "-1"], "h must be"),
+        (["--gamma", "4x9"], "gamma must last the run's 2 epochs, got 9"),
+        (["--lr", "fast"], "lr must be a number or a schedule"),
+        (["--epochs", "0"], "epochs must be >= 1, got 0"),
+        (["--batch-size", "0"], "batch_size must be >= 1"),
+        (["--model", "vgg"], "model must be one of resnet8, resnet18, wide_resnet28_10, got 'vgg'"),
+        (["--engine", "fast"], "engine must be one of auto"),
+        (["--batch-stats", "train"], "batch_stats must be one of frozen, split"),
+        (["--eps", "2"], "eps must be radii in (0, 1]"),
+        (["--preset", "best"], "preset must be one of digits, svhn-paper, got 'best'"),
+        (["--device", "abacus"], "device must be auto, cpu, cuda"),
+        (["--checkpoint", "nowhere.safetensors"], "checkpoint nowhere.safetensors does not exist"),
+        (["--dataset", "mnist"], "unknown dataset 'mnist'; known are digits, fashion-mnist, svhn, cifar10, npz:PATH"),
+        (["--dataset", "svhn", "--data-dir", "nowhere"], "train_32x32.mat"),
+        (["--dataset", "npz:nowhere.npz"], "nowhere.npz"),
+    ],
+)
+def test_bad_input_is_one_line_status_two_and_nothing_written(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert finetune(npz, tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastcure: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other shape"])
+def test_a_bad_checkpoint_is_refused(
+    run: Path, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    whole = (run / "model.safetensors").read_bytes()
+    if damage == "truncated":
+        path.write_bytes(whole[:1000])
+    elif damage == "foreign":
+        path.write_bytes(b"not weights at all")
+    else:
+        save_file(resnet8(classes=3).state_dict(), path)
+    assert finetune(npz, tmp_path / "out", "--checkpoint", str(path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("does not fit the model" if damage == "other shape" else "cannot be read as weights") in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_not_executed(npz: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
+    assert finetune(npz, tmp_path / "out", "--checkpoint", str(tmp_path / "bomb.pt")) == 2
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_divergence_stops_with_what_to_try(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune(npz, tmp_path / "out", "--gamma", "1e30", "--lr", "1e10") == 1
+    assert "lower --lr or --gamma" in capsys.readouterr().err
+
+
+def test_explicit_settings_win_over_the_preset_and_that_over_the_defaults() -> None:
+    assert make_settings({}).preset == "digits"
+    assert make_settings({"dataset": "svhn"}).preset is None
+    paper = make_settings({"preset": "svhn-paper", "gamma": "2"})
+    assert (paper.dataset, paper.model, paper.epochs, paper.gamma) == ("svhn", "resnet18", 20, "2")
+    schedule = make_settings({"preset": "svhn-paper"}).schedule("gamma")
+    assert [schedule.at(epoch) for epoch in (0, 9, 10, 14, 15, 19)] == [4, 4, 8, 8, 12, 12]
+
+
+def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in (
+        "--dataset --data-dir --model --checkpoint --preset --pretrain-epochs --epochs --batch-size --lr --gamma --h "
+        "--batch-stats --engine --device --amp --seed --limit --out"
+    ).split():
+        assert flag in shown
