@@ -19,7 +19,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" --benchmark-disable-gc
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -85,9 +85,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pretrain_lr": "3e-3:1e-5",
         "epochs": 15,
         "batch_size": 32,
-        "lr": "2e-3:1e-5",
+        "lr": "0:5e-3x5%,5e-3:1e-5",
         "gamma": "0:0.4x30%,0.4",
         "h": "1.25",
+        "augment": False,
         "eps": (0.025, 0.05, 0.075, 0.1),
     },
     # The paper's supplement; it fine-tunes a network that was trained normally.

@@ -1,0 +1,88 @@
+"""Training steps to compare: each computes the parameter gradients of one batch, and nothing else.
+
+A step is `(model, x, y) -> None` and leaves its gradients in `.grad`. Batch norm is in training mode wherever the
+method trains in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcure import CURE
+from fastcure.attacks import pgd
+
+Step = Callable[[nn.Module, Tensor, Tensor], None]
+H, GAMMA = 1.25, 4.0
+
+
+def standard(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Cross-entropy."""
+    model.train()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+
+
+def cure(engine: str = "auto", batch_stats: str = "frozen") -> Step:
+    """Return a step of ours."""
+
+    def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        model.train()
+        model.zero_grad()
+        CURE(model, H, GAMMA, engine=engine, batch_stats=batch_stats)(x, y).total.backward()
+
+    return step
+
+
+def published(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The schedule of CURE's published code, written from its description: nothing is shared.
+
+    One forward in training mode for the loss; one in evaluation mode with a full backward, parameters included, for
+    the direction; two more with `create_graph` for the difference; and a fifth that is not used. Sums over the batch,
+    the un-squared norm, and no normalisation of the direction's length by exact zeros, as there.
+    """
+    model.train()
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+
+    model.eval()
+    point = x.detach().clone().requires_grad_()
+    F.cross_entropy(model(point), y, reduction="sum").backward()
+    assert point.grad is not None
+    z = point.grad.sign()
+    z = H * z / (z.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) + 1e-7)
+    model.zero_grad()
+    model(x)  # the fifth
+
+    point = x.detach().clone().requires_grad_()
+    stepped = F.cross_entropy(model(point + z), y, reduction="sum")
+    original = F.cross_entropy(model(point), y, reduction="sum")
+    (difference,) = torch.autograd.grad(stepped - original, point, create_graph=True)
+    penalty = difference.flatten(1).norm(dim=1).mean()
+    (loss + GAMMA * penalty).backward()
+    model.train()
+
+
+def adversarial(steps: int, step_size: float | None = None) -> Step:
+    """Return a step of PGD adversarial training (Madry et al., ICLR 2018; one step: Wong et al., ICLR 2020)."""
+
+    def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        adv = pgd(model, x, y, eps=8 / 255, step_size=step_size, steps=steps)
+        standard(model, adv, y)
+
+    return step
+
+
+STEPS: dict[str, Step] = {
+    "standard": standard,
+    "cure (ours)": cure(),
+    "cure, split (ours)": cure(batch_stats="split"),
+    "cure, oracle": cure("reference"),
+    "cure, published schedule": published,
+    "fgsm-rs": adversarial(1, step_size=10 / 255),
+    "pgd-7": adversarial(7),
+    "pgd-10": adversarial(10),
+}

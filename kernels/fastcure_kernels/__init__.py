@@ -1,0 +1,18 @@
+"""Fused operators of fastcure, each a Triton kernel with a plain-PyTorch twin."""
+
+from .difference_sqnorm import difference_sqnorm
+from .direction_step import direction, direction_step
+from .l2_start import l2_start
+from .l2_step import l2_step
+from .linf_start import linf_start
+from .linf_step import linf_step
+
+__all__ = [
+    "difference_sqnorm",
+    "direction",
+    "direction_step",
+    "l2_start",
+    "l2_step",
+    "linf_start",
+    "linf_step",
+]
