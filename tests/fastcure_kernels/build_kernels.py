@@ -1,0 +1,105 @@
+"""Builds every kernel for a GPU that need not be there; prints one JSON line a build. Run without TRITON_INTERPRET."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from fastcure_kernels.rows import reduction_launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ELEMENTWISE = {"BLOCK": 1024, "num_warps": 4}
+KERNELS = {  # kernel -> its launch options at N = 150528
+    "direction_step._direction_step_kernel": reduction_launch(150528),
+    "difference_sqnorm._forward_kernel": reduction_launch(150528),
+    "difference_sqnorm._backward_kernel": ELEMENTWISE,
+    "linf_step._linf_step_kernel": ELEMENTWISE,
+    "linf_start._linf_start_kernel": ELEMENTWISE,
+    "l2_step._l2_step_kernel": reduction_launch(150528),
+    "l2_start._l2_start_kernel": reduction_launch(150528),
+}
+ARITHMETIC_POINTERS = {"h_ptr", "w_ptr", "eps_ptr", "step_ptr"}  # of the dtype of the arithmetic, not the data's
+
+
+def signature(name, dtype, options):
+    """Argument types and constants of a launch on samples of a length that 16 divides."""
+    fn = importlib.import_module(f"fastcure_kernels.{name.split('.')[0]}").__dict__[name.split(".")[1]].jitted
+    wide = "fp64" if dtype == "fp64" else "fp32"
+    constants = {"BLOCK": options["BLOCK"], "LOWER": 0.0, "UPPER": 1.0, "WANT_A": True, "WANT_B": True}
+    types = {}
+    for arg in fn.arg_names:
+        if arg in constants:
+            types[arg] = "constexpr"
+        elif arg == "seed_ptr":
+            types[arg] = "*i64"
+        elif arg in ARITHMETIC_POINTERS or (arg == "out_ptr" and name.startswith("difference_sqnorm")):
+            types[arg] = f"*{wide}"
+        else:
+            types[arg] = f"*{dtype}" if arg.endswith("_ptr") else "i32"
+    return fn, types, constants
+
+
+def build(name, dtype, target, options):
+    fn, types, constants = signature(name, dtype, options)
+    names = list(types)
+    source = ASTSource(
+        fn,
+        types,
+        {(names.index(k),): v for k, v in constants.items() if k in types},
+        {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(names) if types[arg] != "constexpr"},
+    )
+    options = {"num_warps": options["num_warps"], "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def tool(name, *arguments):
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def facts(built):
+    if "cubin" not in built.asm:
+        asm = built.asm["amdgcn"]
+        found = {
+            k: int(v) for k, v in re.findall(r"\.(\w*spill_count|private_segment_fixed_size|vgpr_count):\s*(\d+)", asm)
+        }
+        return {
+            "registers": found.pop("vgpr_count"),
+            "spilled": sum(found.values()),
+            "wide_loads": asm.count("load_dwordx4"),
+            "wide_stores": asm.count("store_dwordx4"),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, sass = tool("cuobjdump", "--dump-resource-usage", file.name), tool("nvdisasm", "-c", file.name)
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + local,
+        "wide_loads": len(re.findall(r"LDG\.E[.\w]*\.128", sass)),
+        "wide_stores": len(re.findall(r"STG\.E[.\w]*\.128", sass)),
+    }
+
+
+def main():
+    for target in sys.argv[1:]:
+        for dtype in ("fp32", "bf16") + (("fp64",) if target == "sm_90" else ()):
+            for name, options in KERNELS.items():
+                built = build(name, dtype, TARGETS[target], options)
+                print(json.dumps({"kernel": name, "dtype": dtype, "target": target, **facts(built)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What only a GPU shows: sizes beyond 32-bit indices, CUDA graphs, no waiting for the device, one compilation."""
+
+import fastcure_kernels as fk
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
+
+
+def every_operator(x, parameter):
+    grad = x - 0.5
+    adv = fk.linf_step(fk.linf_start(x, parameter), grad, x, parameter, parameter)
+    adv = fk.l2_step(fk.l2_start(adv, parameter), grad, x, parameter, parameter)
+    return fk.difference_sqnorm(adv, fk.direction_step(x, grad, parameter))
+
+
+def test_more_elements_than_32_bits_count():
+    rows, N = 65_540, 32_768  # 2^31 elements and 131,072 more: only the last rows are compared
+    x = torch.zeros(rows, N, dtype=torch.bfloat16, device="cuda")
+    x[-2:] = torch.rand(2, N)
+    tail = x[-2:].clone()
+    assert torch.equal(fk.linf_step(x, x - 0.5, x, 0.25, 0.25)[-2:], fk.linf_step(tail, tail - 0.5, tail, 0.25, 0.25))
+    assert torch.equal(fk.direction_step(x, x, 1.3)[-2:], fk.direction_step(tail, tail, 1.3))
+    assert torch.equal(fk.difference_sqnorm(x, -x)[-2:], fk.difference_sqnorm(tail, -tail))
+    start = fk.linf_start(x, 0.25)
+    assert not torch.equal(start[1], start[1 + 2**31 // N])  # as 31-bit counters would have it
+
+
+@pytest.mark.parametrize("parameter", [0.25, "tensor"])
+def test_no_waiting_for_the_device(parameter):
+    x = torch.rand(4, 3, 32, 32, device="cuda")
+    parameter = torch.tensor(0.25, device="cuda") if parameter == "tensor" else parameter
+    every_operator(x, parameter)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        every_operator(x, parameter)
+        fk.linf_start(x, parameter, generator=torch.Generator())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_draws_anew_and_reads_its_parameters():
+    x, eps = torch.rand(4, 3, 32, 32, device="cuda"), torch.tensor(0.25, device="cuda")
+    every_operator(x, eps), fk.linf_start(x, eps, -1.0, 2.0)  # compile
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        start = fk.linf_start(x, eps, -1.0, 2.0)
+        norms = every_operator(x, 0.25)
+    draws = []
+    for value in (0.25, 0.25, 0.0):
+        eps.fill_(value)
+        graph.replay()
+        draws.append(start.clone())
+    assert not torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[2], x)
+    assert norms.isfinite().all()
+
+
+def test_values_do_not_recompile():
+    from fastcure_kernels.linf_step import _linf_step_kernel
+
+    x = torch.rand(4, 64, device="cuda")
+    fk.linf_step(x, x, x, 0.1, 0.2)
+    (cache, *_) = _linf_step_kernel.jitted.device_caches[x.device.index]
+    built = len(cache)
+    for value in (0.0, 0.3, 1.0, -1.0):
+        fk.linf_step(x, x, x, value, value)
+    assert len(cache) == built
