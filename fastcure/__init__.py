@@ -8,8 +8,9 @@ cure(x, y).total.backward()
 
 from fastcure.cure import CURE, CUREOutput
 from fastcure.curvature import Curvature, curvature
+from fastcure.prepare import explain, prepare
 from fastcure.units import eps_to_h, h_to_eps
 
 __version__ = "0.1.0"
 
-__all__ = ["CURE", "CUREOutput", "Curvature", "__version__", "curvature", "eps_to_h", "h_to_eps"]
+__all__ = ["CURE", "CUREOutput", "Curvature", "__version__", "curvature", "eps_to_h", "explain", "h_to_eps", "prepare"]

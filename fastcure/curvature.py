@@ -89,7 +89,7 @@ def curvature(
     differentiable = objective.trainable and torch.is_grad_enabled()
     with torch.enable_grad(), evaluation_mode(model, loss_fn):
         evaluation = chosen.forward(objective, x, y, h, power=power, direction=direction, differentiable=differentiable)
-    loss, penalty = _Attach.apply(chosen, evaluation, *evaluation.parameters)  # type: ignore[no-untyped-call]
+    loss, penalty = _Attach.apply(chosen, evaluation, *evaluation.parameters)
     if called is not None:
         return Curvature(called[0].detach(), called[1], penalty)
     return Curvature(evaluation.logits, loss, penalty)

@@ -14,6 +14,7 @@ from fastcure_kernels import difference_sqnorm, direction_step
 from torch import Tensor, nn
 
 from fastcure import reference
+from fastcure.layers import cheaper_layers
 from fastcure.objective import Objective
 
 
@@ -91,18 +92,19 @@ class Eager(_GraphEngine):
         differentiable: bool,
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
-        point = x.detach().requires_grad_()
-        logits, loss = objective(point, y)
-        (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
+        with cheaper_layers(objective.model):
+            point = x.detach().requires_grad_()
+            logits, loss = objective(point, y)
+            (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
 
-        if direction is None:
-            step = direction_step(x.detach(), g.detach(), h)
-        else:
-            length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
-            step = torch.addcmul(x.detach(), length, direction.detach())
-        step.requires_grad_()
-        _, loss_step = objective(step, y)
-        (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
+            if direction is None:
+                step = direction_step(x.detach(), g.detach(), h)
+            else:
+                length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+                step = torch.addcmul(x.detach(), length, direction.detach())
+            step.requires_grad_()
+            _, loss_step = objective(step, y)
+            (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
 
         penalty = difference_sqnorm(g_step, g)
         if power == 1:

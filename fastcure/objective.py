@@ -72,6 +72,7 @@ class Objective:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn = cross_entropy, *, trainable: bool = True) -> None:
+        self.model = model
         self.module = ModelWithLoss(model, loss_fn)
         named = dict(self.module.named_parameters())
         self._state = {
@@ -132,20 +133,20 @@ def find_logits(output: Any) -> Tensor:
 
 def graph_leaves(*outputs: Tensor) -> list[Tensor]:
     """Return the leaves that require grad under `outputs`, each once."""
-    stack = [out.grad_fn for out in outputs]
-    seen = set(stack)
     leaves = [out for out in outputs if out.grad_fn is None and out.requires_grad]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if (variable := getattr(node, "variable", None)) is not None:
-            leaves.append(variable)
+    return leaves + [node.variable for node in graph_nodes(*outputs) if hasattr(node, "variable")]
+
+
+def graph_nodes(*outputs: Tensor) -> list[Any]:
+    """Return the nodes of the autograd graph under `outputs`, each once."""
+    nodes = list({out.grad_fn: None for out in outputs if out.grad_fn is not None})
+    seen = set(nodes)
+    for node in nodes:  # grows as it goes
         for child, _ in node.next_functions:
-            if child not in seen:
+            if child is not None and child not in seen:
                 seen.add(child)
-                stack.append(child)
-    return leaves
+                nodes.append(child)
+    return nodes
 
 
 @contextmanager
