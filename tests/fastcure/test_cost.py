@@ -30,7 +30,7 @@ def test_a_step(resnet: tuple, batch_stats: str, budget: float) -> None:
     model, x, y, forward = resnet
     cure = CURE(model, batch_stats=batch_stats)
     spent = flops(lambda: cure(x, y).total.backward()) / forward
-    assert budget - 0.5 < spent <= budget
+    assert budget - 0.6 < spent <= budget
 
 
 def test_a_step_without_grad(resnet: tuple) -> None:
