@@ -230,3 +230,13 @@ def test_a_quadratic_loss(N: int) -> None:
         r = minimal(threshold - loss, g @ vectors, values.expand(5, -1))
         assert bool((found.lower <= r * (1 + 1e-9)).all())
         assert bool((r <= found.upper * (1 + 1e-9)).all())
+
+
+def test_a_single_value() -> None:
+    made = quadratic(torch.tensor([3.0]))
+    case = made.case(4)
+    found = robustness_bounds(*case, loss_fn=made.loss, threshold=10.0)
+    torch.testing.assert_close(found.lower, found.upper)
+    distance = found.lower[:, None]
+    at = torch.maximum(made.loss(case.x + distance, case.y), made.loss(case.x - distance, case.y))
+    torch.testing.assert_close(at, torch.full((4,), 10.0, dtype=torch.float64))

@@ -1,0 +1,135 @@
+"""Norms of the loss's Hessian in the input: over all directions, or along the gradient's sign (figure 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from fastcure_kernels import direction
+from torch import Tensor, nn
+
+from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
+from fastcure.objective import LossFn, cross_entropy
+
+
+class FrobeniusNorm(NamedTuple):
+    """What `frobenius_norm` returns, in float64."""
+
+    value: Tensor
+    """(B,), an estimate of ||H||_F."""
+    standard_error: Tensor
+    """(B,), of the estimate."""
+
+
+class GradientCurvature(NamedTuple):
+    """What `curvature_along_gradient` returns, in float64."""
+
+    value: Tensor
+    """(B,), ||H z||_2."""
+
+
+def frobenius_norm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    probes: int = 100,
+    method: Method = "exact",
+    h: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chunk_size: int = 256,
+    loss_fn: LossFn = cross_entropy,
+    progress: Progress | None = None,
+) -> FrobeniusNorm:
+    """Estimate ||H||_F of each sample's loss as the root of the mean of ||H v||^2 over Gaussian v.
+
+    E ||H v||^2 = ||H||_F^2 for v ~ N(0, I). The standard error is that of the mean, divided by twice the value
+    (delta method). Costs 2 forward passes a probe and at most a fifth more. A finite probe is stepped at the L2
+    length h and its difference scaled to the length of v: a Gaussian step would be sqrt(N) times too long.
+
+    Args:
+        model, x, y, method, h, chunk_size, loss_fn, progress: see `curvature_profile`.
+        probes: Gaussian vectors a sample, at least 2.
+        generator: source of the probes, which depend on neither `chunk_size` nor the other samples; torch's default
+            if None.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
+    """
+    check_measurement(x, y, method, h, chunk_size)
+    if probes < 2:
+        raise ValueError(f"probes must be >= 2, for a standard error, got {probes}")
+    source = torch.device("cpu") if generator is None else generator.device
+    seeds = torch.randint(2**63 - 1, (len(x),), generator=generator, device=source).tolist()
+    copies = copies_for(probes, chunk_size, min(chunk_size, len(x)))
+
+    def measure(product: Products, part: slice) -> tuple[Tensor]:
+        streams = [torch.Generator(x.device).manual_seed(seed) for seed in seeds[part]]
+
+        def draw(count: int) -> Tensor:
+            # A call for each vector: torch's normals depend on how many are drawn at once.
+            return torch.stack([torch.stack([normal(s) for _ in range(count)]) for s in streams]).double()
+
+        def normal(stream: torch.Generator) -> Tensor:
+            return torch.randn(x[0].numel(), generator=stream, dtype=torch.float32, device=x.device)
+
+        passes = [min(copies, probes - done) for done in range(0, probes, copies)]
+        return (torch.cat([product(draw(count)).square().sum(2) for count in passes], 1),)
+
+    (squares,) = by_samples(
+        measure,
+        model,
+        x,
+        y,
+        loss_fn=loss_fn,
+        samples=chunk_size // copies,
+        copies=copies,
+        h=h,
+        graph=method == "exact",
+        progress=progress,
+    )
+    value = squares.mean(1).sqrt()
+    error = squares.std(1) / probes**0.5 / (2 * torch.where(value == 0, 1.0, value))
+    return FrobeniusNorm(value, error)
+
+
+def curvature_along_gradient(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    method: Method = "exact",
+    h: float | Tensor | None = None,
+    chunk_size: int = 256,
+    loss_fn: LossFn = cross_entropy,
+    progress: Progress | None = None,
+) -> GradientCurvature:
+    """Compute ||H z|| of each sample's loss, z = sign(g) / ||sign(g)||_2: what CURE penalises.
+
+    Zero where g is zero. With `method="finite"` it is the root of the penalty divided by h. Costs 4 forward passes.
+
+    Args:
+        model, x, y, method, h, chunk_size, loss_fn, progress: see `curvature_profile`.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
+    """
+    check_measurement(x, y, method, h, chunk_size)
+
+    def measure(product: Products, _: slice) -> tuple[Tensor]:
+        return (product(direction(product.gradient)[:, None]).norm(dim=2).squeeze(1),)
+
+    return GradientCurvature(
+        *by_samples(
+            measure,
+            model,
+            x,
+            y,
+            loss_fn=loss_fn,
+            samples=chunk_size,
+            copies=1,
+            h=h,
+            graph=method == "exact",
+            progress=progress,
+        )
+    )

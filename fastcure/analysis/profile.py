@@ -1,0 +1,100 @@
+"""Curvature profiles: the eigenvalues of the loss's Hessian in the input (figure 1 of the CURE paper)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.analysis.lanczos import extremes
+from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
+from fastcure.objective import LossFn, cross_entropy
+
+
+class CurvatureProfile(NamedTuple):
+    """What `curvature_profile` returns, in float64."""
+
+    eigenvalues: Tensor
+    """(B, N) ascending, or (B, 2k): the k smallest and the k largest."""
+    mean: Tensor
+    """(N,) or (2k,), over the samples."""
+
+
+def curvature_profile(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    method: Method = "exact",
+    h: float | Tensor | None = None,
+    k: int | None = None,
+    chunk_size: int = 256,
+    loss_fn: LossFn = cross_entropy,
+    progress: Progress | None = None,
+) -> CurvatureProfile:
+    """Compute the eigenvalues of the input Hessian of each sample's loss.
+
+    The full spectrum costs 2 N forward passes a sample, and N^2 numbers; for more than about a thousand pixels ask
+    for the extremes. The finite map v -> (g(x + h v) - g(x)) / h is not linear and its matrix A, whose columns are
+    the images of unit vectors, is not symmetric: the finite spectrum is that of (A + A^T) / 2. Finite extremes are
+    NOT those of that matrix but Ritz values: the extreme eigenvalues of (Q^T A(Q) + A(Q)^T Q) / 2, A applied to an
+    orthonormal basis Q of the space in which Lanczos found the exact Hessian's extremes (and which holds g).
+
+    Args:
+        model: the network, normalisation inside; used in evaluation mode and left as it was.
+        x: `(B, ...)` images of N values, pixels in [0, 1].
+        y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
+        method: "exact" differentiates twice; "finite" takes a step `h`, and needs no second derivative if k is None.
+        h: L2 length of the finite step, `> 0`, one number or one a sample.
+        k: how many of each end, `1 <= k <= N / 2`; None for all.
+        chunk_size: pairs of a sample and a vector that go through the model together.
+        loss_fn: `(logits, y) -> (B,)`.
+        progress: wraps the loop over groups of samples, as `tqdm` does.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range.
+        FloatingPointError: if a curvature is not a finite number.
+        RuntimeError: from torch, if an operator of the model has no second derivative.
+    """
+    check_measurement(x, y, method, h, chunk_size)
+    N = x[0].numel()
+    if k is None:
+        copies = copies_for(N, chunk_size)
+        samples = chunk_size // copies
+    elif 1 <= k <= N // 2:
+        copies = min(chunk_size, max(k, 2))
+        # Finite Ritz values depend on the basis, which must not depend on a sample's neighbours.
+        samples = chunk_size // copies if method == "exact" else 1
+    else:
+        raise ValueError(f"k must be in 1..{N // 2}, half of the {N} values of a sample, got {k}")
+
+    def measure(product: Products, _: slice) -> tuple[Tensor]:
+        if k is None:
+            units = torch.eye(N, dtype=torch.float64, device=x.device).expand(len(product.loss), N, N)
+            return (_eigenvalues(product(units)),)
+        tolerance = torch.finfo(x.dtype).eps ** 0.5
+        start = product.gradient[:, None]
+        values, basis = extremes(product.exact, start, low=k, high=k, block=max(k, 2), tolerance=tolerance)
+        if method == "finite":
+            values = _eigenvalues(basis @ product.finite(basis).mT)
+        return (torch.cat([values[:, :k], values[:, -k:]], 1),)
+
+    (eigenvalues,) = by_samples(
+        measure,
+        model,
+        x,
+        y,
+        loss_fn=loss_fn,
+        samples=samples,
+        copies=copies,
+        h=h,
+        graph=method == "exact" or k is not None,
+        progress=progress,
+    )
+    return CurvatureProfile(eigenvalues, eigenvalues.mean(0))
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    """Return those of the symmetric part of `(G, n, n)`."""
+    return torch.linalg.eigvalsh((matrix + matrix.mT) / 2)

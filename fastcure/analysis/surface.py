@@ -1,0 +1,87 @@
+"""Loss surfaces: the negative loss on a plane across the decision boundary (figure 2 of the CURE paper)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.analysis.products import check_measurement
+from fastcure.checks import check_positive
+from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+
+
+class LossSurface(NamedTuple):
+    """What `loss_surface` returns; x itself lies in the middle, at a = b = 0."""
+
+    values: Tensor
+    """(B, P, P): -l(x + a[i] normal + b[j] v) at [:, i, j]."""
+    a: Tensor
+    """(P,), L2 lengths along the normal; it points across the boundary."""
+    b: Tensor
+    """(P,), L2 lengths along v."""
+    directions: Tensor
+    """(B, 2, ...), the unit vectors normal and v."""
+
+
+def loss_surface(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    normal: Tensor | None = None,
+    span: float = 2.0,
+    points: int = 41,
+    generator: torch.Generator | None = None,
+    chunk_size: int = 256,
+    loss_fn: LossFn = cross_entropy,
+) -> LossSurface:
+    """Evaluate -l on the plane through x of the boundary's normal and a random direction orthogonal to it.
+
+    Args:
+        model, x, y, loss_fn: see `curvature_profile`. Points of the plane are not clipped to pixels in [0, 1].
+        normal: `(B, ...)` normals, of any length but 0; None asks `fastcure.attacks.deepfool` for them.
+        span: largest L2 length along each axis, in input units.
+        points: P along each axis, odd, so that x is one of them.
+        generator: source of the random directions, on the CPU or x's device; torch's default if None.
+        chunk_size: images that go through the model together.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range.
+    """
+    check_measurement(x, y, "exact", None, chunk_size)
+    check_positive("span", span)
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points must be odd, so that x is one of them, and >= 3, got {points}")
+    model = unwrap(model)
+    if normal is None:
+        from fastcure.attacks.deepfool import deepfool
+
+        normal = deepfool(model, x).normal
+    if normal.shape != x.shape:
+        raise ValueError(f"normal must have the shape of x {tuple(x.shape)}, got {tuple(normal.shape)}")
+
+    first = normal.detach().flatten(1).to(x.dtype)
+    length = first.norm(dim=1, keepdim=True)
+    if not bool((length > 0).all()):
+        i = int((~(length > 0)).flatten().nonzero()[0])
+        raise ValueError(f"normal must be a direction, got one of length {float(length[i])} for sample {i}")
+    first = first / length
+    source = x.device if generator is None else generator.device
+    second = torch.randn(first.shape, generator=generator, device=source).to(first)
+    for _ in range(2):
+        second = second - (second * first).sum(1, keepdim=True) * first
+        second = second / second.norm(dim=1, keepdim=True)
+
+    axis = torch.linspace(-span, span, points, dtype=x.dtype, device=x.device)
+    axis[points // 2] = 0.0
+    objective = Objective(model, loss_fn, trainable=False)
+    flat, losses = x.flatten(1), []
+    with torch.no_grad(), evaluation_mode(model, loss_fn):
+        for index in torch.arange(len(x) * points**2, device=x.device).split(chunk_size):
+            sample, a, b = index // points**2, index // points % points, index % points
+            at = flat[sample] + axis[a, None] * first[sample] + axis[b, None] * second[sample]
+            losses.append(objective(at.view(-1, *x.shape[1:]), y[sample])[1])
+    values = -torch.cat(losses).view(len(x), points, points)
+    return LossSurface(values, axis, axis.clone(), torch.stack([first, second], 1).view(len(x), 2, *x.shape[1:]))
