@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastcure.models import resnet8
 
@@ -37,6 +38,30 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.first(torch.tanh(self.first(x)))))
+
+
+class TinyViT(nn.Module):
+    """Patches, two blocks of attention, a mean: `scaled_dot_product_attention` and GELU."""
+
+    def __init__(self, classes: int = 6, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.1 * torch.randn(1, 9, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(2)
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT + self.position  # (B, T, W)
+        for i in range(2):
+            q, k, v = self.qkv[i](self.norms[2 * i](x)).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, 1)
+            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + self.mlps[i](self.norms[2 * i + 1](x))
+        return self.head(x.mean(1))
 
 
 def convolutional(norm: Callable[[int], nn.Module], activation: type[nn.Module], pool: nn.Module) -> nn.Module:
@@ -72,6 +97,7 @@ NETWORKS = {
         lambda: nn.Sequential(nn.Linear(13, 17), nn.LayerNorm(17), nn.ReLU(), nn.Linear(17, 5)), (13,), False
     ),
     "mlp-softplus": Network(lambda: nn.Sequential(nn.Linear(13, 17), nn.Softplus(), nn.Linear(17, 5)), (13,), True),
+    "attention": Network(TinyViT, (3, 12, 12), True),
     "shared": Network(Shared, (6,), True),
     "resnet8": Network(lambda: resnet8(classes=5, channels=2), (2, 8, 12), False),
 }

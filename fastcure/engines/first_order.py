@@ -1,0 +1,130 @@
+"""Finite differences of parameter gradients, 16 F: for models without second derivatives. A different estimator.
+
+With u = 2 w d the penalty's gradient is that of `sum_i u_i . (g(x_i + h z_i) - g(x_i))` for fixed u, and
+`u . g(p) = ||u|| (l(p + e v) - l(p - e v)) / 2e + O(e^2)` along `v = u / ||u||`. So four first-order passes give it: at
+both points, a step e to either side. The loss's gradient is taken from the mean of the two passes about x.
+
+On smooth networks this is right to about 1e-4. On networks with kinks (ReLU, max pooling) the gradient is missing what
+happens in the kinks, its cosine with the exact one is 0.3 to 0.6, and training on it costs accuracy: the engine warns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcure.engines.eager import root, second_point
+from fastcure.engines.protocol import Evaluation
+from fastcure.objective import Objective, evaluation_mode, graph_nodes
+
+KINKS = ("ReluBackward", "LeakyReluBackward", "PreluKernelBackward", "HardtanhBackward", "MaxPool", "AdaptiveMaxPool")
+
+
+class Pass(NamedTuple):
+    """What backward needs to run the model again."""
+
+    objective: Objective
+    x: Tensor
+    step: Tensor
+    y: Tensor
+    difference: Tensor
+    """(B, ...), d."""
+    power: int
+    leaves: list[Tensor]
+
+
+class FirstOrder:
+    """Forward: 4 F, values only. Backward: four forwards with ordinary parameter gradients."""
+
+    def forward(
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        h: float | Tensor,
+        *,
+        power: int,
+        direction: Tensor | None,
+        differentiable: bool,
+    ) -> Evaluation:
+        """Evaluate loss and penalty; every value is that of the other engines, only the gradient is estimated."""
+        point = x.detach().requires_grad_()
+        logits, loss = objective(point, y)
+        found = objective.leaves(loss, inputs=(point,)) if differentiable else []
+        if differentiable:
+            warn_of_kinks(loss)
+        (g,) = torch.autograd.grad(loss.sum(), point)
+        step = second_point(x.detach(), g, h, direction).requires_grad_()
+        (g_step,) = torch.autograd.grad(objective(step, y)[1].sum(), step)
+
+        d = g_step - g
+        penalty = d.float().square() if d.dtype != torch.float64 else d.square()
+        penalty = penalty.flatten(1).sum(1)
+        leaves = [leaf for leaf, _ in found]
+        state = Pass(objective, x.detach(), step.detach(), y, d, power, leaves)
+        return Evaluation(
+            logits.detach(),
+            loss.detach(),
+            root(penalty) if power == 1 else penalty,
+            [parameter for _, parameter in found],
+            state,
+        )
+
+    def backward(
+        self, state: Pass, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Estimate the gradient; with the loss alone it is exact."""
+        if w_penalty is None:
+            assert w_loss is not None
+            return self._accumulate(state, [(state.x, w_loss)])
+        length = state.difference.flatten(1).double().norm(dim=1)
+        weight = w_penalty * (2 * length if state.power == 2 else (length > 0).to(length))  # ||u||
+        v = state.difference / torch.where(length == 0, 1.0, length).to(state.x.dtype).reshape(
+            -1, *[1] * (state.x.dim() - 1)
+        )
+        e = step_size(state.x.dtype)
+        slope, half = (weight / (2 * e)).to(state.x.dtype), 0 if w_loss is None else w_loss / 2
+        return self._accumulate(
+            state,
+            [
+                (state.step + e * v, slope),
+                (state.step - e * v, -slope),
+                (state.x + e * v, half - slope),
+                (state.x - e * v, half + slope),
+            ],
+        )
+
+    def _accumulate(self, state: Pass, points: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
+        total: list[Tensor | None] = [None] * len(state.leaves)
+        with evaluation_mode(state.objective.module), torch.enable_grad():
+            for point, weight in points:
+                loss = state.objective(point, state.y)[1]
+                gradients = torch.autograd.grad(loss, state.leaves, weight.to(loss), allow_unused=True)
+                for i, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        total[i] = gradient if (old := total[i]) is None else old + gradient
+        return tuple(total)
+
+
+def step_size(dtype: torch.dtype) -> float:
+    """Return e, an L2 length in input units, for inputs of this dtype: `eps ** (1/3)`.
+
+    The error of a central difference is about `e^2` of truncation and `eps / e` of rounding; their sum is least at
+    `e ~ eps^(1/3)`: 6e-6 in float64, 5e-3 in float32. (In float16 and bfloat16, 0.1 and 0.2, little is left.)
+    """
+    return float(torch.finfo(dtype).eps) ** (1 / 3)
+
+
+def warn_of_kinks(loss: Tensor) -> None:
+    """Warn, naming them, if piecewise linear operators are under `loss`."""
+    kinks = sorted({node.name() for node in graph_nodes(loss) if node.name().startswith(KINKS)})
+    if kinks:
+        names = ", ".join(name.split("Backward")[0] for name in kinks)
+        warnings.warn(
+            f"the first-order engine misses what happens in kinks, and this model has some ({names}): its "
+            "gradients have a cosine of 0.3 to 0.6 with the exact ones; use engine='eager', or smooth activations such as GELU",
+            stacklevel=5,
+        )

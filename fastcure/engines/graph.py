@@ -1,0 +1,40 @@
+"""Engines that leave their second differentiation to autograd: one double backward for everything."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.engines.protocol import Evaluation
+
+
+class Graph(NamedTuple):
+    """Loss and penalty with the graph under them, and the leaves of it that carry parameter gradients."""
+
+    loss: Tensor
+    penalty: Tensor
+    leaves: list[Tensor]
+
+
+class GraphEngine:
+    """The backward of engines whose state is a `Graph`."""
+
+    def backward(
+        self, state: Graph, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiate the weighted sum of both."""
+        pairs = [(state.loss, w_loss), (state.penalty, w_penalty)]
+        # A penalty without a graph, of a loss linear in x and in nothing else, has gradient zero.
+        pairs = [(value, weight) for value, weight in pairs if weight is not None and value.requires_grad]
+        if not pairs:
+            return (None,) * len(state.leaves)
+        values, weights = zip(*pairs, strict=True)
+        return torch.autograd.grad(values, state.leaves, weights, retain_graph=retain, allow_unused=True)
+
+
+def evaluation(logits: Tensor, loss: Tensor, penalty: Tensor, found: list[tuple[Tensor, nn.Parameter]]) -> Evaluation:
+    """Split values with a graph into detached values and the graph; `found` as by `Objective.leaves`."""
+    leaves, parameters = [leaf for leaf, _ in found], [parameter for _, parameter in found]
+    return Evaluation(logits.detach(), loss.detach(), penalty.detach(), parameters, Graph(loss, penalty, leaves))
