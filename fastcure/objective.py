@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits, y, reduction="none")
     if y.shape != logits.shape[:1]:
         raise ValueError(f"labels must have shape ({len(logits)},), one class index a sample, got {tuple(y.shape)}")
-    if y.device.type == "cpu" and len(y):
+    if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= logits.shape[1]:
             raise ValueError(
@@ -75,18 +76,18 @@ class Objective:
         self.model = model
         self.module = ModelWithLoss(model, loss_fn)
         named = dict(self.module.named_parameters())
-        self._state = {
+        self.state = {
             **{name: p.detach().requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
             **{name: b.detach().clone() for name, b in self.module.named_buffers()},
         }
         self.trainable = trainable and any(p.requires_grad for p in named.values())
         # A parameter that the model reaches around its own attributes (a closure) stays itself.
         self._owner = {id(p): p for p in named.values() if p.requires_grad}
-        self._owner |= {id(self._state[name]): p for name, p in named.items() if p.requires_grad}
+        self._owner |= {id(self.state[name]): p for name, p in named.items() if p.requires_grad}
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(logits, loss (B,))` of one evaluation-mode forward."""
-        logits, loss = functional_call(self.module, self._state, (x, y))
+        logits, loss = functional_call(self.module, self.state, (x, y))
         return logits, loss
 
     def leaves(self, *losses: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, nn.Parameter]]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastcure.engines.compiled import Compile
 from fastcure.engines.eager import Eager
 from fastcure.engines.first_order import FirstOrder
 from fastcure.engines.oracle import Reference
 from fastcure.engines.protocol import Engine, Evaluation
 
-ENGINES: dict[str, Engine] = {"eager": Eager(), "first_order": FirstOrder(), "reference": Reference()}
+ENGINES: dict[str, Engine] = {
+    "eager": Eager(),
+    "compile": Compile(),
+    "first_order": FirstOrder(),
+    "reference": Reference(),
+}
 
 
 def select(name: str, model: nn.Module) -> tuple[str, str]:

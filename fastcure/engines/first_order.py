@@ -124,7 +124,7 @@ def warn_of_kinks(loss: Tensor) -> None:
     if kinks:
         names = ", ".join(name.split("Backward")[0] for name in kinks)
         warnings.warn(
-            f"the first-order engine misses what happens in kinks, and this model has some ({names}): its "
-            "gradients have a cosine of 0.3 to 0.6 with the exact ones; use engine='eager', or smooth activations such as GELU",
+            f"the first-order engine misses what happens in kinks, and this model has some ({names}): its gradients "
+            "have a cosine of 0.3 to 0.6 with the exact ones; use engine='eager', or smooth activations such as GELU",
             stacklevel=5,
         )

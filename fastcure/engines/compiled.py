@@ -1,0 +1,165 @@
+"""Loss and parameter gradients in one compiled region: `torch.func.grad` inside it, then one ordinary backward."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastcure.engines.eager import Eager, root
+from fastcure.engines.graph import GraphEngine, evaluation
+from fastcure.engines.protocol import Evaluation
+from fastcure.objective import LossFn, Objective, find_logits
+from fastcure.reference import unit_sign
+
+logger = logging.getLogger("fastcure")
+Compiled = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class Compile(GraphEngine):
+    """Exact; static shapes, a compilation for each model, loss and shape. `h` and weights change without another.
+
+    Args:
+        backend: of `torch.compile`.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+        self._cache: WeakKeyDictionary[nn.Module, dict[Any, Compiled]] = WeakKeyDictionary()
+
+    def forward(
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        h: float | Tensor,
+        *,
+        power: int,
+        direction: Tensor | None,
+        differentiable: bool,
+    ) -> Evaluation:
+        """Run the compiled region; the first call of a shape compiles it, and compares it with the eager engine.
+
+        Raises:
+            RuntimeError: if the model cannot be compiled whole, or its compiled gradients are not the eager ones (as
+                where an operator of its own has no second derivative that the compiler sees).
+        """
+        if not differentiable:
+            options = {"power": power, "direction": direction, "differentiable": False}
+            return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
+        x = x.detach()
+        length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+        programs = self._cache.setdefault(objective.model, {})
+        key = (
+            *(objective.module.loss_fn, power, direction is None, tuple(objective.state)),
+            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, torch.is_autocast_enabled(x.device.type)),
+        )
+        fresh = key not in programs
+        if fresh:
+            programs[key] = _compile(self.backend, power, x.device)
+        direction = None if direction is None else direction.detach()
+
+        def run() -> Evaluation:
+            states: dict[str, dict[str, Tensor]] = {"model": {}, "loss_fn": {}}
+            for name, tensor in objective.state.items():
+                owner, _, rest = name.partition(".")
+                states[owner][rest] = tensor
+            logits, loss, penalty = programs[key](
+                *(objective.model, states["model"], objective.module.loss_fn, states["loss_fn"]),
+                *(x, y, length, direction),
+            )
+            return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
+
+        if not fresh:
+            return run()
+        began = time.perf_counter()
+        logger.warning("fastcure: compiling %s for %s ...", type(objective.model).__name__, tuple(x.shape))
+        try:
+            result = run()
+            eager = Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=True)
+            self._check(result, eager)
+        except BaseException:
+            del programs[key]
+            raise
+        logger.warning("fastcure: compiled in %.0f s", time.perf_counter() - began)
+        return result
+
+    def _check(self, ours: Evaluation, eager: Evaluation) -> None:
+        """Raise unless the first compiled gradients are the eager ones, but for a few kinks."""
+        weights = torch.ones_like(ours.loss), torch.ones_like(ours.penalty)
+        mine = dict(zip(map(id, ours.parameters), self.backward(ours.state, *weights, retain=True), strict=True))
+        theirs = dict(zip(map(id, eager.parameters), self.backward(eager.state, *weights, retain=False), strict=True))
+        error = total = 0.0
+        for key, gradient in theirs.items():
+            if gradient is not None:
+                other = mine.get(key)
+                error += float((gradient - (0.0 if other is None else other)).double().square().sum())
+                total += float(gradient.double().square().sum())
+        if not error <= 0.05**2 * total:
+            off = (error / total) ** 0.5 if total else error
+            raise RuntimeError(
+                f"the compiled gradients differ from the eager ones by {off:.1%}: the model has an operator whose "
+                "second derivative the compiler does not see; use engine='eager'"
+            )
+
+
+def _compile(backend: str, power: int, device: torch.device) -> Compiled:
+    """Return the compiled region, a code object of its own: torch keeps its compilations by code object."""
+    if backend == "inductor" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")):
+        raise RuntimeError(
+            "engine='compile' needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
+        )
+    import torch._dynamo
+    import torch._functorch.config
+
+    def penalty(
+        model: nn.Module,
+        model_state: dict[str, Tensor],
+        loss_fn: LossFn,
+        loss_state: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        h: Tensor,
+        z: Tensor | None,
+    ) -> Any:
+        def summed(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            logits = find_logits(functional_call(model, model_state, (point,)))
+            if isinstance(loss_fn, nn.Module):
+                loss = functional_call(loss_fn, loss_state, (logits, y))
+            else:
+                loss = loss_fn(logits, y)
+            return loss.sum(), (logits, loss)
+
+        g, (logits, loss) = torch.func.grad(summed, has_aux=True)(x)
+        direction = unit_sign(g.detach()) if z is None else z
+        g_step, _ = torch.func.grad(summed, has_aux=True)(x + h * direction)
+        d = g_step - g
+        squared = (d if d.dtype == torch.float64 else d.float()).square().flatten(1).sum(1)
+        return logits.detach(), loss, root(squared) if power == 1 else squared
+
+    code = penalty.__code__
+    penalty.__code__ = code.replace(co_name=f"penalty_{id(penalty)}")
+    program = torch.compile(penalty, backend=backend, dynamic=False, fullgraph=True)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # A donated buffer cannot serve a backward with retain_graph.
+        with torch._functorch.config.patch(donated_buffer=False), sdpa_kernel(SDPBackend.MATH):
+            try:
+                return program(*arguments)
+            except torch._dynamo.exc.Unsupported as error:
+                reason = str(error).splitlines()[0]
+                raise RuntimeError(
+                    f"engine='compile' needs a model that torch.compile takes whole, and this one breaks its graph "
+                    f"({reason}): use engine='eager'"
+                ) from error
+
+    return run

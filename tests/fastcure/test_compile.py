@@ -1,0 +1,211 @@
+"""The compiled engine against the oracle, mostly without a code generator: what is compiled is what matters here."""
+
+import gc
+import logging
+import shutil
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from networks import NETWORKS, Case, make, relative
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+from fastcure import CURE, curvature
+from fastcure.engines import ENGINES
+from fastcure.engines.compiled import Compile
+
+# Of torch's own making, in torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Puts an engine in the place of "compile" that stops before code generation, and counts its compilations."""
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setitem(ENGINES, "compile", Compile(backend))
+    yield backend
+    torch._dynamo.reset()
+
+
+def gradients(case: Case, engine: str, **options: object) -> list[Tensor]:
+    case.model.zero_grad()
+    out = curvature(*case, engine=engine, **options)
+    weights = torch.randn(2, len(case.x), generator=torch.Generator().manual_seed(0)).to(out.loss)
+    (weights * torch.stack([out.loss, out.penalty])).sum().backward()
+    return [p.grad for p in case.model.parameters()]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_the_oracle(counter: object, name: str) -> None:
+    case = make(NETWORKS[name], 4, seed=0)
+    for power in (1, 2):
+        ours, truth = (gradients(case, engine, h=0.7, power=power) for engine in ("compile", "reference"))
+        assert relative(ours, truth) < 1e-9
+        torch.testing.assert_close(
+            curvature(*case, engine="compile", h=0.7, power=power),
+            curvature(*case, engine="reference", h=0.7, power=power),
+        )
+
+
+def test_h_and_weights_change_without_recompilation(counter: CompileCounterWithBackend) -> None:
+    case = make(NETWORKS["mlp-relu"], 4, seed=0)
+    cure = CURE(case.model, engine="compile")
+    for step in range(6):
+        cure.h, cure.gamma = 0.5 + 0.1 * step, 1.0 + step
+        cure(case.x, case.y).total.backward()
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter -= 1e-3 * parameter.grad
+    assert counter.frame_count == 1
+    ours, truth = (gradients(case, engine, h=0.33) for engine in ("compile", "reference"))
+    assert relative(ours, truth) < 1e-9
+    assert counter.frame_count == 1
+
+
+def test_a_dozen_models_each_keep_their_own(counter: CompileCounterWithBackend) -> None:
+    cases = [make(NETWORKS["mlp-softplus"], 4, seed) for seed in range(12)]
+    for case in cases + cases:  # torch keeps 8 compilations of one piece of code, and then silently falls back
+        ours, truth = (gradients(case, engine) for engine in ("compile", "reference"))
+        assert relative(ours, truth) < 1e-9
+    assert counter.frame_count == 12
+
+
+def test_another_shape_is_another_compilation_and_right(counter: CompileCounterWithBackend) -> None:
+    for batch in (4, 3, 4, 3):
+        case = make(NETWORKS["mlp-softplus"], batch, seed=0)
+        ours, truth = (gradients(case, engine) for engine in ("compile", "reference"))
+        assert relative(ours, truth) < 1e-9
+
+
+def test_modes_of_calling(counter: object) -> None:
+    case = make(NETWORKS["batch_norm-relu-max"], 4, seed=0)
+    z = torch.randn_like(case.x)
+    soft = Case(case.model, case.x, F.one_hot(case.y, 7).double())
+    own_h = torch.tensor([0.3, 0.6, 0.9, 1.2]).double()
+    for these, options in [
+        (case, {"direction": z}),
+        (soft, {}),
+        (case, {"h": own_h}),
+        (case, {"batch_stats": "split"}),
+    ]:
+        ours, truth = (gradients(these.copy(), engine, **options) for engine in ("compile", "reference"))
+        assert relative(ours, truth) < 1e-9
+    with torch.no_grad():
+        assert not curvature(*case, engine="compile").penalty.requires_grad
+
+
+def test_loss_and_penalty_may_go_backward_one_after_the_other(counter: object) -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    truth = gradients(case, "reference")
+    case.model.zero_grad()
+    out = curvature(*case, engine="compile")
+    weights = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    (weights[0] * out.loss).sum().backward(retain_graph=True)
+    (weights[1] * out.penalty).sum().backward()
+    assert relative([p.grad for p in case.model.parameters()], truth) < 1e-9
+
+
+class Temperature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logarithm = nn.Parameter(torch.tensor(0.3).double())
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits * self.logarithm.exp(), y, reduction="none")
+
+
+def test_a_learnable_loss(counter: object) -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    loss_fn = Temperature()
+    found = []
+    for engine in ("compile", "reference"):
+        loss_fn.zero_grad()
+        gradients(case, engine, loss_fn=loss_fn)
+        found.append(loss_fn.logarithm.grad.clone())
+    torch.testing.assert_close(*found)
+
+
+class Opaque(torch.autograd.Function):
+    """A square whose backward the compiler takes for constant in x."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def test_a_model_that_breaks_the_graph_is_one_clear_error(counter: object) -> None:
+    class Breaks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match=r"takes whole, and this one breaks its graph.*use engine='eager'"):
+        curvature(Breaks(3, 3), torch.rand(2, 3), torch.tensor([0, 1]), engine="compile")
+
+
+def test_an_operator_of_ones_own_is_right_or_an_error(counter: object) -> None:
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Opaque.apply(self.first(x)))
+
+    torch.manual_seed(0)
+    case = Case(Squares().double(), torch.rand(4, 5).double(), torch.tensor([0, 1, 2, 0]))
+    truth = gradients(case, "reference")
+    try:
+        ours = gradients(case, "compile")
+    except RuntimeError as error:
+        assert "use engine='eager'" in str(error)  # noqa: PT017
+    else:
+        assert relative(ours, truth) < 1e-9
+
+
+def test_it_says_that_it_compiles(counter: object, caplog: pytest.LogCaptureFixture) -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    with caplog.at_level(logging.WARNING, "fastcure"):
+        curvature(*case, engine="compile")
+        assert caplog.records[0].message.startswith("fastcure: compiling Sequential for ")
+        count = len(caplog.records)
+        curvature(*case, engine="compile")
+        assert len(caplog.records) == count
+
+
+def test_generated_code() -> None:
+    """The real thing; without a C++ compiler, its error."""
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    if shutil.which("g++") is None:
+        with pytest.raises(RuntimeError, match="install g"):
+            gradients(case, "compile")
+        return
+    ours, truth = (gradients(case, engine) for engine in ("compile", "reference"))
+    assert relative(ours, truth) < 1e-9
+    torch._dynamo.reset()
+
+
+def test_no_compiler_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler on the CPU, and none was found: install g"):
+        curvature(nn.Linear(3, 3), torch.rand(2, 3), torch.tensor([0, 1]), engine="compile")
+
+
+def test_a_forgotten_model_is_collected(counter: object) -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    gone = weakref.ref(case.model)
+    gradients(case, "compile")
+    del case
+    torch._dynamo.reset()  # torch's own caches hold what was compiled
+    gc.collect()
+    assert gone() is None
