@@ -1,0 +1,211 @@
+"""The gradient-masking checklist: an honest network passes, each item fails on a network built to fail it alone.
+
+Those networks see one pixel: `height(d)`, d = pixel - 0.5, is by how much they err, and `slope` what they claim that
+their gradient is. All images lie at d = 0 and eps is 0.1, so that a picture of `height` explains each of them.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcure.attacks import pgd
+from fastcure.checklist import Item, masking_checklist, verdict
+
+STEPS, SPSA, TRANSFER, UNBOUNDED, EPS, LOSS = range(6)
+Curve = Callable[[Tensor], Tensor]
+
+
+class Landscape(nn.Module):
+    """Two classes; 1 wins where `height` is above 0. A `slope` replaces the gradient of `height` (a masking layer)."""
+
+    def __init__(self, height: Curve, slope: float | None = None) -> None:
+        super().__init__()
+        self.height, self.slope = height, slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = x.flatten(1)[:, 0] - 0.5
+        height = self.height(d)
+        if self.slope is not None:
+            height = height.detach() + self.slope * (d - d.detach())
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+def through(*points: tuple[float, float]) -> Curve:
+    """The piecewise linear curve through points (d, height), constant beyond them."""
+
+    def curve(d: Tensor) -> Tensor:
+        height = torch.full_like(d, points[0][1])
+        for (left, low), (right, high) in pairwise(points):
+            height = height + (high - low) / (right - left) * (d.clamp(left, right) - left)
+        return height
+
+    return curve
+
+
+class Flawed(NamedTuple):
+    model: nn.Module
+    twin: nn.Module
+    fails: int
+
+
+# A hill to the left of x that is too low within eps, and a network whose attack goes to the left.
+LEFT, RIGHT = Landscape(lambda d: -10 * d - 2), Landscape(lambda d: 10 * d - 2)
+FLAWED = {
+    # A second hill, high enough, that only a start beyond d = 0.05 climbs: a quarter of them.
+    "more steps": Flawed(
+        Landscape(through((-0.5, 4.0), (-0.1, -0.5), (0.05, -2.0), (0.07, 0.5), (0.5, 4.0))), LEFT, STEPS
+    ),
+    # The gradient says left where the network errs sooner to the right, as outputs at x +- delta show.
+    "gradient-free": Flawed(
+        Landscape(through((-0.5, 4.0), (-0.1, -0.5), (0.0, -1.0), (0.1, 0.5), (0.5, 1.0)), slope=-1.0), LEFT, SPSA
+    ),
+    # The same, but the hill to the right lies behind a dip that hides it from SPSA.
+    "transfer": Flawed(
+        Landscape(through((-0.5, 4.0), (-0.1, -0.5), (0.0, -1.0), (0.05, -2.0), (0.08, 0.5), (0.5, 1.0)), slope=-1.0),
+        RIGHT,
+        TRANSFER,
+    ),
+    # It never errs, wherever the attack goes.
+    "unbounded": Flawed(Landscape(lambda d: d - 5), RIGHT, UNBOUNDED),
+    # A hill at eps with a valley at twice eps, which the gradient does not show.
+    "eps": Flawed(
+        Landscape(through((-0.5, -3.0), (0.05, -0.5), (0.1, 1.0), (0.15, -1.0), (0.25, -1.0), (0.4, 1.0)), slope=1.0),
+        LEFT,
+        EPS,
+    ),
+    # A dip on the way to the hill, which the gradient does not show.
+    "loss": Flawed(
+        Landscape(through((-0.5, -1.0), (0.0, -1.0), (0.05, -2.0), (0.08, 1.0), (0.5, 4.0)), slope=1.0), LEFT, LOSS
+    ),
+}
+
+
+def examine(model: nn.Module, twin: nn.Module | None) -> list[Item]:
+    x, y = torch.full((100, 1, 1, 1), 0.5), torch.zeros(100, dtype=torch.int64)
+    return masking_checklist(model, x, y, 0.1, twin=twin, samples=4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_each_item_fails_on_a_network_built_to_fail_it_alone(name: str) -> None:
+    flawed = FLAWED[name]
+    items = examine(flawed.model, flawed.twin)
+    assert [item.passed for item in items] == [item != flawed.fails for item in range(6)], verdict(items)
+    words = verdict(items).splitlines()
+    assert words[0] == "gradient masking: 1 of 6 items fail"
+    assert words[1 + flawed.fails].startswith(f"  FAIL  {items[flawed.fails].name}: ")
+
+
+def test_an_honest_landscape_passes() -> None:
+    items = examine(Landscape(lambda d: 20 * d - 1), RIGHT)
+    assert all(item.passed for item in items), verdict(items)
+    assert items[EPS].evidence["accuracy"] == [1, 1, 0, 0, 0, 0]  # it errs from d = 0.05 on, the third radius
+    assert items[EPS].evidence["eps"] == pytest.approx([0, 0.025, 0.05, 0.1, 0.2, 0.4])
+    walk = torch.linspace(0, 0.1, 11, dtype=torch.float64)
+    assert items[LOSS].evidence["mean_loss"] == pytest.approx(F.softplus(20 * walk - 1).tolist(), rel=1e-5)
+
+
+def test_without_a_twin_its_item_is_skipped_with_words() -> None:
+    items = examine(Landscape(lambda d: 20 * d - 1), None)
+    assert [item.passed for item in items] == [True, True, None, True, True, True]
+    assert "no sign of it in 5 items" in verdict(items)
+    assert "skip  a black-box attack is no stronger: no normally trained twin was given" in verdict(items)
+
+
+def test_images_classified_wrongly_count_as_wrong_and_are_not_attacked() -> None:
+    x, y = torch.full((10, 1, 1, 1), 0.5), torch.arange(10) % 2
+    items = masking_checklist(LEFT, x, y, 0.1, samples=4, batch_size=3)
+    assert items[EPS].evidence["accuracy"] == [0.5, 0.5, 0.5, 0.5, 0.5, 0.0]  # the last radius alone passes d = -0.2
+
+
+@pytest.mark.parametrize(("failures", "passes"), [(2, True), (5, True), (12, False)])
+def test_a_drop_counts_where_it_exceeds_the_margin_by_two_standard_errors(failures: int, passes: bool) -> None:
+    # The twin's attack, to the right, breaks the `failures` images of 100 at d = 0.01; the network's own goes left.
+    model = Landscape(
+        through((-0.5, 4.0), (-0.12, -0.5), (0.0, -1.0), (0.105, -0.5), (0.11, 0.5), (0.5, 1.0)), slope=-1.0
+    )
+    x = torch.full((100, 1, 1, 1), 0.5)
+    x[:failures] += 0.01
+    item = masking_checklist(model, x, torch.zeros(100).long(), 0.1, twin=RIGHT, samples=4)[TRANSFER]
+    assert item.evidence["drop"] == pytest.approx(failures / 100)
+    assert item.evidence["standard_error"] == pytest.approx(failures**0.5 / 100)
+    assert item.passed == passes
+
+
+def test_the_model_comes_back_as_it_was_and_nothing_right_is_an_error() -> None:
+    model = Landscape(lambda d: 20 * d - 1).train()
+    examine(model, None)
+    assert model.training
+    with pytest.raises(ValueError, match="classifies none of the 100 images rightly"):
+        examine(Landscape(lambda d: 20 * d + 1), None)
+
+
+class Trained(NamedTuple):
+    robust: nn.Module
+    normal: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+def images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Four classes: a bright quarter of a noisy 6 x 6 image."""
+    y = torch.randint(4, (count,), generator=generator)
+    bright = F.one_hot(y, 4).reshape(-1, 1, 2, 2).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    x = 0.4 + 0.2 * bright + 0.15 * torch.randn(count, 1, 6, 6, generator=generator)
+    return x.clamp(0, 1), y
+
+
+def train(adversarial: bool) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        x, y = images(128, generator)
+        x = pgd(model, x, y, 0.05, steps=4, generator=generator) if adversarial else x
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return Trained(train(True), train(False), *images(300, torch.Generator().manual_seed(1)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * self.model(x)
+
+
+class Rounded(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((8 * x).round() / 8)
+
+
+@pytest.mark.parametrize("which", ["robust", "normal"])
+def test_an_honest_network_passes(trained: Trained, which: str) -> None:
+    items = checklist(trained, getattr(trained, which))
+    assert all(item.passed for item in items), verdict(items)
+    assert verdict(items).startswith("gradient masking: no sign of it in 6 items")
+
+
+@pytest.mark.parametrize("mask", [Scaled, Rounded])
+@pytest.mark.parametrize("which", ["robust", "normal"])
+def test_a_network_that_masks_its_gradients_is_caught(trained: Trained, mask: type[Scaled], which: str) -> None:
+    items = checklist(trained, mask(getattr(trained, which)))
+    assert not any(items[item].passed for item in (SPSA, TRANSFER, UNBOUNDED, LOSS)), verdict(items)
+
+
+def checklist(trained: Trained, model: nn.Module) -> list[Item]:
+    generator = torch.Generator().manual_seed(2)
+    return masking_checklist(model, trained.x, trained.y, 0.05, twin=trained.normal, generator=generator)

@@ -1,0 +1,395 @@
+"""The convolution's rules against torch's own, to the third order, and what the double backward really runs."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from networks import Network, make, relative
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastcure import curvature
+from fastcure.convolution import Geometry, Phase, convolve
+from fastcure.flops import FlopCounter
+
+TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Shape(NamedTuple):
+    image: tuple[int, ...]
+    """(B, C, ...)"""
+    kernel: tuple[int, ...]
+    """(K, C / groups, ...)"""
+    geometry: Geometry
+    bias: bool = True
+
+
+SHAPES = {
+    "1d": Shape((2, 3, 7), (4, 3, 3), Geometry([1], [1], [1], 1)),
+    "1d-strided-grouped": Shape((2, 4, 9), (6, 2, 2), Geometry([3], [2], [2], 2), bias=False),
+    "2d": Shape((2, 3, 5, 4), (2, 3, 3, 3), Geometry([1, 1], [1, 1], [1, 1], 1)),
+    "2d-no-bias": Shape((2, 2, 4, 5), (3, 2, 3, 2), Geometry([1, 1], [0, 1], [1, 1], 1), bias=False),
+    "2d-stride-drops-a-row": Shape((2, 2, 6, 7), (3, 2, 3, 3), Geometry([2, 3], [1, 0], [1, 1], 1)),
+    "2d-dilated": Shape((2, 2, 7, 6), (2, 2, 3, 2), Geometry([1, 1], [2, 1], [2, 3], 1)),
+    "2d-depthwise": Shape((2, 4, 5, 5), (8, 1, 3, 3), Geometry([2, 1], [1, 1], [1, 1], 4)),
+    "2d-pointwise": Shape((2, 3, 3, 5), (4, 3, 1, 1), Geometry([2, 2], [0, 0], [1, 1], 1), bias=False),
+    "2d-one-image": Shape((1, 3, 5, 3), (2, 3, 3, 3), Geometry([1, 1], [1, 1], [1, 1], 1)),
+    "2d-one-channel": Shape((3, 1, 4, 4), (1, 1, 2, 4), Geometry([1, 2], [0, 0], [1, 1], 1)),
+    "2d-much-padding": Shape((2, 2, 3, 3), (2, 2, 2, 2), Geometry([2, 2], [3, 2], [1, 1], 2)),
+    "3d": Shape((2, 2, 4, 3, 4), (2, 2, 2, 3, 2), Geometry([1, 1, 1], [1, 1, 0], [1, 1, 1], 1)),
+    "3d-strided-grouped": Shape((1, 4, 5, 4, 3), (4, 2, 3, 2, 1), Geometry([2, 1, 1], [1, 0, 0], [1, 2, 1], 2)),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "every-second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+every_shape = pytest.mark.parametrize("name", SHAPES)
+
+
+def tensors(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Image, kernel and, where there is one, bias."""
+    torch.manual_seed(0)
+    sizes = [shape.image, shape.kernel, shape.kernel[:1]][: 3 if shape.bias else 2]
+    return [torch.randn(size, dtype=dtype, requires_grad=True) for size in sizes]
+
+
+def ours(geometry: Geometry, phase: Phase | None = None) -> Callable[..., Tensor]:
+    return lambda x, w, b=None: convolve(x, w, b, geometry, phase or Phase())
+
+
+def torchs(geometry: Geometry) -> Callable[..., Tensor]:
+    return lambda x, w, b=None: TORCH[len(geometry.stride)](x, w, b, *geometry)
+
+
+def derivatives(run: Callable[..., Tensor], inputs: Sequence[Tensor], orders: int) -> list[Tensor]:
+    """The output, and the gradients of a scalar of each order's results, as deep as `orders`."""
+    results, found = [run(*inputs)], []
+    for _ in range(orders):
+        found += results
+        scalar = sum((result * (1 + result).sin()).sum() for result in results)
+        results = list(torch.autograd.grad(scalar, inputs, create_graph=True))
+    return found + results
+
+
+@every_shape
+def test_equals_torch_to_the_third_derivative(name: str) -> None:
+    shape = SHAPES[name]
+    inputs = tensors(shape)
+    results = (derivatives(make_run(shape.geometry), inputs, 3) for make_run in (ours, torchs))
+    for value, truth in zip(*results, strict=True):
+        assert value.shape == truth.shape
+        assert relative(value, truth) < 1e-12
+
+
+@every_shape
+def test_first_and_second_derivatives_against_numerical_differences(name: str) -> None:
+    shape = SHAPES[name]
+    assert torch.autograd.gradcheck(ours(shape.geometry), tensors(shape))
+    assert torch.autograd.gradgradcheck(ours(shape.geometry), tensors(shape))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_kernels_and_gradients_of_any_layout(layout: str) -> None:
+    shape = Shape((2, 4, 5, 4), (6, 2, 3, 2), Geometry([1, 2], [1, 1], [1, 1], 2))
+    x, w, b = (t.detach() for t in tensors(shape))
+    v = LAYOUTS[layout](torch.randn_like(x))
+    x, w = (LAYOUTS[layout](t).requires_grad_() for t in (x, w))
+    b.requires_grad_()
+
+    def run(convolution: Callable[..., Tensor]) -> list[Tensor]:
+        out = convolution(x, w, b)
+        g = LAYOUTS[layout](torch.ones_like(out)).requires_grad_()
+        (g_x,) = torch.autograd.grad(out, x, g, create_graph=True)
+        return [out, g_x, *torch.autograd.grad(g_x, (w, g), v, retain_graph=True), *torch.autograd.grad(out, (w, b), g)]
+
+    values, truths = run(ours(shape.geometry)), run(torchs(shape.geometry))
+    assert values[0].stride() == truths[0].stride()
+    for value, truth in zip(values, truths, strict=True):
+        assert relative(value, truth) < 1e-12
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_gradients_of_those_alone_that_are_asked_for(wanted: tuple[int, ...]) -> None:
+    shape = SHAPES["2d"]
+    inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors(shape))]
+    asked = [inputs[i] for i in wanted]
+    for create_graph in (False, True):
+        values, truths = (
+            torch.autograd.grad(run(shape.geometry)(*inputs).sin().sum(), asked, create_graph=create_graph)
+            for run in (ours, torchs)
+        )
+        assert relative(values, truths) < 1e-12
+
+
+def test_no_image_at_all() -> None:
+    x, w, b = tensors(SHAPES["2d"])
+    results = [derivatives(run(SHAPES["2d"].geometry), (x[:0], w, b), 2) for run in (ours, torchs)]
+    for value, truth in zip(*results, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
+def test_without_a_record_nothing_is_kept() -> None:
+    inputs = tensors(SHAPES["2d"])
+    with torch.no_grad():
+        assert not ours(SHAPES["2d"].geometry)(*inputs).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own, in make_dual
+def test_forward_mode_is_refused_and_not_zero() -> None:
+    x, w, b = (t.detach() for t in tensors(SHAPES["2d"]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            ours(SHAPES["2d"].geometry)(dual, w, b)
+
+
+# What it costs: the phase, the kernels' sizes, the operations
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounter() as counter:
+        run()
+    return counter.total
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_in_the_input_phase_no_gradient_of_a_weight_is_computed(create_graph: bool) -> None:
+    shape, phase = SHAPES["2d-dilated"], Phase()
+    x, w, b = tensors(shape)
+    out = ours(shape.geometry, phase)(x, w, b)
+    forward = flops(lambda: ours(shape.geometry)(x, w, b))
+
+    def backward() -> None:
+        out.sum().backward(retain_graph=True, create_graph=create_graph)
+
+    phase.input_gradient = True
+    assert flops(backward) == forward
+    assert w.grad is None
+    assert b.grad is None
+    phase.input_gradient = False
+    (truth,) = torch.autograd.grad(torchs(shape.geometry)(x, w, b).sum(), w)
+    (value,) = torch.autograd.grad(out.sum(), w, retain_graph=True)
+    torch.testing.assert_close(value, truth)
+    x.grad = None
+    assert flops(backward) == 2 * forward
+    torch.testing.assert_close(w.grad, truth)
+    torch.testing.assert_close(b.grad, torch.full_like(b, out[:, 0].numel()))
+
+
+@every_shape
+def test_after_the_input_phase_every_second_derivative_is_right(name: str) -> None:
+    shape, phase = SHAPES[name], Phase()
+    inputs = tensors(shape)
+
+    def run(convolution: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        phase.input_gradient = True
+        out = convolution(*inputs)
+        (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
+        phase.input_gradient = False
+        return torch.autograd.grad(g.square().sum() + out.cos().sum(), inputs)
+
+    for value, truth in zip(run(ours(shape.geometry, phase)), run(torchs(shape.geometry)), strict=True):
+        assert relative(value, truth) < 1e-12
+
+
+class Kernels(TorchDispatchMode):
+    """Collects the spatial sizes of the kernels that convolutions run with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.sizes.add(tuple(args[1].shape[2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def penalty_of(model: nn.Module, x: Tensor) -> None:
+    """Differentiate the squared norm of the gradient of a nonlinear function, with respect to the parameters."""
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    g.square().sum().backward()
+
+
+def test_the_double_backward_has_no_kernel_of_the_images_size() -> None:
+    torch.manual_seed(0)
+    image = (2, 3, 12, 12)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())
+    with Kernels() as torchs_own:
+        penalty_of(layers, torch.rand(image))
+    assert torchs_own.sizes == {(3, 3), (12, 12)}  # what this file is there to avoid; were it gone, so could the file
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 12 * 12, 5))
+    with Kernels() as kernels:
+        out = curvature(model, torch.rand(image), torch.tensor([0, 1]))
+        (out.loss + out.penalty).sum().backward()
+    assert kernels.sizes == {(3, 3)}
+
+
+@every_shape
+def test_the_double_backward_has_no_more_operations_than_torchs(name: str) -> None:
+    shape = SHAPES[name]
+    inputs = tensors(shape)
+
+    def spent(convolution: Callable[..., Tensor]) -> list[int]:
+        counts = [0]
+        with FlopCounter() as counter:
+            out = convolution(*inputs)
+            counts.append(counter.total)
+            (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
+            counts.append(counter.total)
+            torch.autograd.grad(g.square().sum(), inputs[:2])
+            counts.append(counter.total)
+        return [after - before for before, after in pairwise(counts)]
+
+    phase = Phase()
+    phase.input_gradient = True
+    mine, theirs = spent(ours(shape.geometry, phase)), spent(torchs(shape.geometry))
+    assert all(a <= b for a, b in zip(mine[:2], theirs[:2], strict=True))
+    phase.input_gradient = False
+    out = ours(shape.geometry, phase)(*inputs)
+    (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
+    double = flops(lambda: torch.autograd.grad(g.square().sum(), inputs[:2]))
+    assert double <= theirs[2]
+    assert double <= 4 * mine[0]
+
+
+# Under autocast, as torch's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_dtypes_under_autocast_are_those_of_torch(dtype: torch.dtype, enabled: bool) -> None:
+    shape = SHAPES["2d"]
+    inputs = tensors(shape, dtype)
+    results = []
+    for run in (ours(shape.geometry), torchs(shape.geometry)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = run(*inputs)
+            (g,) = torch.autograd.grad(out.float().square().sum(), inputs[0], create_graph=True)
+            results.append([out, g, *torch.autograd.grad(g.double().square().sum(), inputs)])
+    for value, truth in zip(*results, strict=True):
+        assert value.dtype == truth.dtype
+        assert relative(value, truth) < (0.02 if out.dtype == torch.bfloat16 else 1e-5)
+
+
+# Inside the penalty: layers that are no plain convolution keep their own ways
+
+
+class Scaled(nn.Conv2d):
+    """A subclass may compute anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).tanh()
+
+
+class ByName(nn.Module):
+    """Gives its layer's argument by name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+class OneByOne(ByName):
+    """Gives its layer images without a batch dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(image) for image in x])
+
+
+class Centred(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight - weight.mean()
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, out: out.sin())
+    return layer
+
+
+def pre_hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_pre_hook(lambda module, args: args[0].exp())
+    return layer
+
+
+def with_a_forward_of_its_own(layer: nn.Module) -> nn.Module:
+    original = layer.forward
+    layer.forward = lambda x: original(x).cos()
+    return layer
+
+
+def parametrised(layer: nn.Module) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, "weight", Centred())
+    return layer
+
+
+MAPS = {
+    "plain": lambda: nn.Conv2d(2, 4, 3),
+    "circular": lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+    "reflect": lambda: nn.Conv2d(2, 4, 3, padding=(2, 1), padding_mode="reflect"),
+    "replicate": lambda: nn.Conv2d(2, 4, 3, padding="same", padding_mode="replicate"),
+    "same": lambda: nn.Conv2d(2, 4, (2, 3), padding="same", dilation=2),
+    "valid": lambda: nn.Conv2d(2, 4, 3, stride=2, padding="valid"),
+    "one-number": lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1, dilation=2, groups=2, bias=False),
+    "by-name": lambda: ByName(nn.Conv2d(2, 4, 3)),
+    "unbatched": lambda: OneByOne(nn.Conv2d(2, 4, 3)),
+    "transposed": lambda: nn.ConvTranspose2d(2, 4, 3, stride=2, output_padding=1),
+    "subclass": lambda: Scaled(2, 4, 3),
+    "hook": lambda: hooked(nn.Conv2d(2, 4, 3)),
+    "pre-hook": lambda: pre_hooked(nn.Conv2d(2, 4, 3)),
+    "own-forward": lambda: with_a_forward_of_its_own(nn.Conv2d(2, 4, 3)),
+    "weight-norm": lambda: parametrizations.weight_norm(nn.Conv2d(2, 4, 3)),
+    "parametrised": lambda: parametrised(nn.Conv2d(2, 4, 3)),
+    "1d": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(2, 4, 5, stride=3)),
+    "3d": lambda: nn.Sequential(nn.Unflatten(1, (2, 1)), nn.Conv3d(2, 4, (1, 3, 3), padding=(0, 1, 0))),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_kind_of_convolution_equals_the_oracle(name: str) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(MAPS[name](), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+
+    case = make(Network(network, (2, 6, 5), True), 3, seed=0)
+
+    def gradients(engine: str) -> list[Tensor]:
+        out = curvature(*case, h=0.7, engine=engine)
+        total = (out.loss + 3 * out.penalty).sum()
+        return [out.logits, out.loss, out.penalty, *torch.autograd.grad(total, list(case.model.parameters()))]
+
+    before = {module: dict(vars(module)) for module in case.model.modules()}
+    for value, truth in zip(gradients("eager"), gradients("reference"), strict=True):
+        assert relative(value, truth) < 1e-9
+    assert {module: dict(vars(module)) for module in case.model.modules()} == before
+
+
+def test_hooks_on_a_convolution_fire() -> None:
+    seen = []
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    curvature(model, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+    assert seen == [(2, 2, 2, 2)] * 2
+
+
+def test_a_hook_on_all_modules_sees_each_layer() -> None:
+    seen = []
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        curvature(model, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+    finally:
+        handle.remove()
+    assert seen.count(nn.Conv2d) == seen.count(nn.BatchNorm2d) == 2
