@@ -16,9 +16,9 @@ def check_positive(name: str, value: float | Tensor, *, batch: int | None = None
     host wait for the device.
     """
     if isinstance(value, Tensor):
-        wanted = [(), (1,)] if batch is None else [(), (1,), (batch,)]
-        if tuple(value.shape) not in wanted:
-            raise ValueError(f"{name} must be a number or have shape {wanted[-1]}, got shape {tuple(value.shape)}")
+        if value.dim() > 1 or (value.dim() == 1 and len(value) != (batch or len(value))):
+            wanted = f"({'B' if batch is None else batch},)"
+            raise ValueError(f"{name} must be a number or have shape {wanted}, got shape {tuple(value.shape)}")
         if value.device.type != "cpu" or not value.numel():
             return
         value = float(value.min()) if torch.isfinite(value).all() else math.nan

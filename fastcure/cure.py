@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastcure.checks import check_positive
-from fastcure.curvature import BatchStats, curvature
-from fastcure.objective import LossFn, cross_entropy
+from fastcure.curvature import BatchStats, check_arguments, curvature
+from fastcure.microbatch import in_parts
+from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
 
 
 class CUREOutput(NamedTuple):
@@ -36,9 +37,12 @@ class CURE(nn.Module):
         h: L2 length of the finite step in input units, `> 0`.
         gamma: weight of the penalty, `>= 0`.
         loss_fn, power, engine, batch_stats: as in `fastcure.curvature`.
+        microbatch: evaluate this many samples at a time: the same numbers, with the memory of so many. The gradients of
+            `total` are then computed in the forward and only scaled in the backward; `loss` and `penalty` are
+            detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided.
 
     Raises:
-        ValueError: if `h` or `gamma` is out of range, here and when they are set.
+        ValueError: if `h`, `gamma` or `microbatch` is out of range, here and when `h` or `gamma` is set.
     """
 
     def __init__(
@@ -51,8 +55,12 @@ class CURE(nn.Module):
         power: int = 2,
         engine: str = "auto",
         batch_stats: BatchStats = "frozen",
+        microbatch: int | None = None,
     ) -> None:
         super().__init__()
+        if microbatch is not None and microbatch < 1:
+            raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
+        self.microbatch = microbatch
         self.model = model
         self.loss_fn = loss_fn
         self.power, self.engine, self.batch_stats = power, engine, batch_stats
@@ -80,6 +88,8 @@ class CURE(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
+        if self.microbatch is not None and self.microbatch < len(x):
+            return self._in_parts(x, y, self.microbatch)
         out = curvature(
             self.model,
             x,
@@ -92,6 +102,23 @@ class CURE(nn.Module):
         )
         loss, penalty = out.loss.mean(), out.penalty.mean()
         return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
+
+    def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
+        check_arguments(x, y, self.h, self.power, self.batch_stats)
+        model, split = unwrap(self.model), self.batch_stats == "split"
+        called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
+        w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / len(x)
+        parts = in_parts(
+            *(model, x, y, self.h, w_loss, w_penalty, microbatch),
+            loss_fn=self.loss_fn,
+            power=self.power,
+            engine=self.engine,
+        )
+        penalty = parts.penalty.mean()
+        if called is None:
+            return CUREOutput(parts.total, parts.loss.mean(), penalty, parts.logits)
+        loss = called[1].mean()
+        return CUREOutput(loss + parts.total, loss.detach(), penalty, called[0].detach())
 
     def extra_repr(self) -> str:
         """Show the settings in `print(cure)`."""

@@ -75,24 +75,47 @@ def curvature(
             the model or of `loss_fn` takes part.
         RuntimeError: in backward, at a second derivative, or a second backward without `retain_graph=True`.
     """
+    check_arguments(x, y, h, power, batch_stats, direction)
+    model = unwrap(model)
+    called = ModelWithLoss(model, loss_fn)(x, y) if batch_stats == "split" else None
+    chosen, evaluation = evaluate(model, x, y, h, loss_fn=loss_fn, power=power, engine=engine, direction=direction)
+    loss, penalty = _Attach.apply(chosen, evaluation, *evaluation.parameters)
+    if called is not None:
+        return Curvature(called[0].detach(), called[1], penalty)
+    return Curvature(evaluation.logits, loss, penalty)
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    h: float | Tensor,
+    *,
+    loss_fn: LossFn,
+    power: int,
+    engine: str,
+    direction: Tensor | None = None,
+) -> tuple[Engine, Evaluation]:
+    """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on."""
+    chosen = ENGINES[select(engine, model)[0]]
+    objective = Objective(model, loss_fn)
+    differentiable = objective.trainable and torch.is_grad_enabled()
+    with torch.enable_grad(), evaluation_mode(model, loss_fn):
+        return chosen, chosen.forward(
+            objective, x, y, h, power=power, direction=direction, differentiable=differentiable
+        )
+
+
+def check_arguments(
+    x: Tensor, y: Tensor, h: float | Tensor, power: int, batch_stats: str, direction: Tensor | None = None
+) -> None:
+    """Check the arguments of `curvature`; it raises what that says."""
     check_positive("h", h, batch=len(x))
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
     if batch_stats not in ("frozen", "split"):
         raise ValueError(f"batch_stats must be 'frozen' or 'split', got {batch_stats!r}")
     check_batch(x, y, direction)
-    model = unwrap(model)
-    chosen = ENGINES[select(engine, model)[0]]
-
-    called = ModelWithLoss(model, loss_fn)(x, y) if batch_stats == "split" else None
-    objective = Objective(model, loss_fn)
-    differentiable = objective.trainable and torch.is_grad_enabled()
-    with torch.enable_grad(), evaluation_mode(model, loss_fn):
-        evaluation = chosen.forward(objective, x, y, h, power=power, direction=direction, differentiable=differentiable)
-    loss, penalty = _Attach.apply(chosen, evaluation, *evaluation.parameters)
-    if called is not None:
-        return Curvature(called[0].detach(), called[1], penalty)
-    return Curvature(evaluation.logits, loss, penalty)
 
 
 class _Attach(torch.autograd.Function):

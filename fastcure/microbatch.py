@@ -1,0 +1,95 @@
+"""The objective of a batch in parts of N samples: the same numbers and gradients, with the memory of N samples.
+
+The weights of the parts are known beforehand, so their gradients are computed in the forward, part by part, and the
+backward only scales their sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.curvature import evaluate
+from fastcure.objective import LossFn
+
+
+class Parts(NamedTuple):
+    """Sums over a batch."""
+
+    total: Tensor
+    """0-dim, `sum(w_loss * loss + w_penalty * penalty)`; differentiable in the parameters, once."""
+    loss: Tensor
+    """(B,), detached."""
+    penalty: Tensor
+    """(B,), detached."""
+    logits: Tensor
+    """(B, C), detached."""
+
+
+def in_parts(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    h: float | Tensor,
+    w_loss: float,
+    w_penalty: float | Tensor,
+    microbatch: int,
+    *,
+    loss_fn: LossFn,
+    power: int,
+    engine: str,
+) -> Parts:
+    """Evaluate `sum(w_loss * loss + w_penalty * penalty)` in evaluation mode, `microbatch` samples at a time.
+
+    Arguments are those of `fastcure.curvature`, all checked; with `w_loss` 0 the gradient of the loss is not computed.
+    """
+    lengths = h if isinstance(h, Tensor) and h.dim() and len(h) == len(x) else None
+    gradients: dict[nn.Parameter, Tensor] = {}
+    results = []
+    for start in range(0, len(x), microbatch):
+        part = slice(start, start + microbatch)
+        chosen, result = evaluate(
+            model,
+            x[part],
+            y[part],
+            h if lengths is None else lengths[part],
+            loss_fn=loss_fn,
+            power=power,
+            engine=engine,
+        )
+        results.append(result[:3])
+        if not result.parameters:
+            continue
+        weights = [
+            None if isinstance(w, (int, float)) and w == 0 else torch.ones_like(values) * w
+            for values, w in ((result.loss, w_loss), (result.penalty, w_penalty))
+        ]
+        if any(weight is not None for weight in weights):
+            found = chosen.backward(result.state, *weights, retain=False)
+            for parameter, gradient in zip(result.parameters, found, strict=True):
+                if gradient is not None:
+                    old = gradients.get(parameter)
+                    gradients[parameter] = gradient if old is None else old.add_(gradient)
+    logits, loss, penalty = (torch.cat(values) for values in zip(*results, strict=True))
+    total = w_loss * loss.sum() + w_penalty * penalty.sum()
+    total = _Scaled.apply(total, tuple(gradients.values()), *gradients)
+    return Parts(total, loss, penalty, logits)
+
+
+class _Scaled(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: nn.Parameter) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the curvature penalty has no second derivative: call backward without create_graph=True"
+            )
+        return None, None, *[scale.to(gradient) * gradient for gradient in ctx.gradients]
