@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from fastcure_kernels import l2_start, l2_step, linf_start, linf_step
 from torch import Tensor, nn
 
+from fastcure.attacks.arguments import check_bounds, check_counts, check_numbers, hard_labels, has_nan, rowwise
 from fastcure.checks import check_batch, check_positive
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
 
@@ -22,12 +23,14 @@ def fgsm(
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     loss_fn: LossFn = cross_entropy,
+    targeted: bool = False,
 ) -> Tensor:
     """One step of `eps` along the sign of the gradient, clipped to `bounds`; costs 2 forward passes.
 
     Arguments, result and errors are those of `pgd`.
     """
-    return pgd(model, x, y, eps, step_size=eps, steps=1, random_start=False, bounds=bounds, loss_fn=loss_fn)
+    options: dict[str, Any] = {"bounds": bounds, "loss_fn": loss_fn, "targeted": targeted}
+    return pgd(model, x, y, eps, step_size=eps, steps=1, random_start=False, **options)
 
 
 def pgd(
@@ -44,6 +47,7 @@ def pgd(
     generator: torch.Generator | None = None,
     *,
     loss_fn: LossFn = cross_entropy,
+    targeted: bool = False,
 ) -> Tensor:
     """Projected gradient ascent of the loss within the eps-ball around `x`.
 
@@ -53,61 +57,59 @@ def pgd(
     Args:
         model: the network, normalisation inside.
         x: `(B, ...)` images within `bounds`.
-        y: class indices `(B,)` or probabilities `(B, C)`.
+        y: the right classes: indices `(B,)` or probabilities `(B, C)`; the wanted ones if `targeted`.
         eps: radius in pixels (linf) or as an L2 length (l2); a number or `(B,)`.
         step_size: the same units; 2.5 eps / steps by default.
         steps: gradient steps of each start.
         norm: "linf" or "l2".
-        restarts: number of starts; of each sample the best is kept, a misclassified one before one of higher loss.
+        restarts: number of starts; of each sample the best is kept: one that succeeds before one that does not, then
+            the one of higher (targeted: lower) loss.
         random_start: start at a uniform point of the ball; False starts at x.
         bounds: range of pixel values.
         generator: source of the random starts, on the CPU or x's device; torch's default if None.
-        loss_fn: `(logits, y) -> (B,)`.
+        loss_fn: `(logits, y) -> (B,)`, such as `margin_loss`.
+        targeted: descend the loss towards the classes `y`; success is to be classified as them.
 
     Returns:
         `(B, ...)`, detached, in the dtype and memory format of `x`.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
-        FloatingPointError: if a gradient was not a number: standing still there would make the model look robust.
+        FloatingPointError: if a gradient, or with restarts a loss, was not a number: standing still there would make
+            the model look robust.
     """
     check_batch(x, y, None)
     check_positive("eps", eps, batch=len(x), zero=True)
     if step_size is None:
         step_size = 2.5 * eps / max(steps, 1)
     check_positive("step_size", step_size, batch=len(x), zero=True)
-    for name, count in (("steps", steps), ("restarts", restarts)):
-        if count < 1:
-            raise ValueError(f"{name} must be >= 1, got {count}")
+    check_counts(steps=steps, restarts=restarts)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts={restarts} without random_start would repeat one attack: use restarts=1")
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
-    if not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be (lower, upper) with lower < upper, got {bounds}")
-    start, ascend = (linf_start, linf_step) if norm == "linf" else (l2_start, l2_step)
+    check_bounds(bounds)
+    start, move = (linf_start, linf_step) if norm == "linf" else (l2_start, l2_step)
+    step = -step_size if targeted else step_size
     model = unwrap(model)
     objective = Objective(model, loss_fn, trainable=False)
     x = x.detach()
 
-    best, best_score = x, None
+    best: _Try | None = None
+    bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with evaluation_mode(model, loss_fn):
         for _ in range(restarts):
             adv = start(x, eps, *bounds, generator=generator) if random_start else x
             for _ in range(steps):
-                adv = ascend(adv, _input_gradient(objective, adv, y), x, step_size, eps, *bounds)
+                adv = move(adv, _input_gradient(objective, adv, y), x, step, eps, *bounds)
+            bad |= has_nan(adv)
             if restarts == 1:
-                best = adv
                 break
-            score = _score(objective, adv, y)
-            if best_score is None:
-                best, best_score = adv, score
-            else:
-                better = score > best_score
-                best = torch.where(better.reshape(-1, *[1] * (x.dim() - 1)), adv, best)
-                best_score = torch.where(better, score, best_score)
-    _check_numbers(best)
-    return best
+            new = _judge(objective, adv, y, targeted)
+            bad |= new.score.isnan()
+            best = new if best is None else _better(best, new)
+    check_numbers(bad)
+    return adv if best is None else best.adv
 
 
 def _input_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
@@ -116,18 +118,26 @@ def _input_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
         return torch.autograd.grad(objective(point, y)[1].sum(), point)[0]
 
 
+class _Try(NamedTuple):
+    adv: Tensor
+    success: Tensor
+    """(B,), bool"""
+    score: Tensor
+    """(B,), the loss; targeted, minus the loss"""
+
+
 @torch.no_grad()
-def _score(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
-    """Return how good an adversarial image is `(B,)`: its loss, with all misclassified above all that are not."""
-    logits, loss = objective(x, y)
-    labels = y.argmax(1) if y.is_floating_point() else y
-    return torch.sigmoid(loss.double()) + (logits.argmax(1) != labels)
+def _judge(objective: Objective, adv: Tensor, y: Tensor, targeted: bool) -> _Try:
+    logits, loss = objective(adv, y)
+    hit = logits.argmax(1) == hard_labels(y)
+    return _Try(adv, hit, -loss) if targeted else _Try(adv, ~hit, loss)
 
 
-def _check_numbers(adv: Tensor) -> None:
-    bad = adv.flatten(1).isnan().any(1).nonzero().flatten()
-    if len(bad):
-        raise FloatingPointError(
-            f"the gradient of {len(bad)} of {len(adv)} samples is NaN (the first: sample {int(bad[0])}), so nothing is "
-            "known of their robustness: check the model's weights and dtype (fp16 overflows at 65504)"
-        )
+def _better(old: _Try, new: _Try) -> _Try:
+    """Of each sample, the try that succeeds; where both do or neither does, the one of higher score."""
+    better = torch.where(new.success == old.success, new.score > old.score, new.success)
+    return _Try(
+        torch.where(rowwise(better, old.adv), new.adv, old.adv),
+        new.success | old.success,
+        torch.where(better, new.score, old.score),
+    )

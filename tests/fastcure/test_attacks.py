@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure.accuracy import accuracy
-from fastcure.attacks import fgsm, pgd
+from fastcure.attacks import fgsm, margin_loss, pgd
+from fastcure.objective import LossFn, cross_entropy
 
 
 @pytest.fixture
@@ -79,6 +80,94 @@ def test_restarts_keep_the_best_of_each_sample(case: Case) -> None:
     same = wrong(many) == wrong(one)
     assert (loss(case, many)[same] >= loss(case, one)[same]).all()
     assert (loss(case, many) > loss(case, one)).any()
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("loss_fn", [margin_loss, lambda logits, y: 1e3 * F.cross_entropy(logits, y, reduction="none")])
+def test_restarts_equal_the_best_of_single_runs(case: Case, loss_fn: LossFn, targeted: bool) -> None:
+    options = {"eps": 0.02, "steps": 2, "loss_fn": loss_fn, "targeted": targeted}
+    generator = torch.Generator().manual_seed(3)
+    runs = [pgd(*case, **options, generator=generator) for _ in range(6)]
+    ours = pgd(*case, **options, restarts=6, generator=torch.Generator().manual_seed(3))
+    for i, label in enumerate(case.y):
+
+        def rank(run: Tensor, i: int = i, label: Tensor = label) -> tuple[bool, float]:
+            logits = case.model(run[i : i + 1]).detach()
+            value = float(loss_fn(logits, label[None]))
+            hit = bool(logits.argmax() == label)
+            return (hit, -value) if targeted else (not hit, value)
+
+        assert torch.equal(ours[i], max(runs, key=rank)[i])
+
+
+def test_a_misclassified_sample_comes_before_any_loss() -> None:
+    """Success with the lowest possible loss, against failures with a higher one: both signs, and large."""
+
+    class Steps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([torch.zeros_like(x[:, 0]), x[:, 0] - 0.5], 1)
+
+    def misleading(logits: Tensor, y: Tensor) -> Tensor:
+        return -1e6 - 100 * logits[:, 1]  # highest where the sample is right
+
+    x, y = torch.full((20, 1), 0.5), torch.zeros(20, dtype=torch.int64)
+    adv = pgd(Steps(), x, y, 0.4, 1e-4, 1, restarts=8, loss_fn=misleading, generator=torch.Generator().manual_seed(0))
+    assert (adv > 0.5).all()
+
+
+def test_a_loss_that_is_not_a_number_in_one_restart_is_reported() -> None:
+    class Fragile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = torch.cat([x, 1 - x], 1)
+            # The gradient is fine everywhere; the loss of the final points is NaN beyond 0.7.
+            return torch.where(x > 0.7, torch.nan, logits) if not torch.is_grad_enabled() else logits
+
+    x, y = torch.full((4, 1), 0.5), torch.ones(4, dtype=torch.int64)
+    pgd(Fragile(), x, y, 0.1, restarts=5)
+    with pytest.raises(FloatingPointError, match="the loss or its gradient of 4 of 4 samples is NaN"):
+        pgd(Fragile(), x, y, 0.3, restarts=5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_targeted_descends_to_the_wanted_class(case: Case, norm: str) -> None:
+    target = (case.model(case.x).argmax(1) + 1) % 7
+    goal = case._replace(y=target)
+    eps = 0.3 if norm == "linf" else 5.0
+    adv = pgd(*goal, eps=eps, steps=20, norm=norm, targeted=True, random_start=False)
+    assert (loss(goal, adv) < loss(goal, case.x)).all()
+    assert (case.model(adv).argmax(1) == target).double().mean() > 0.5
+    step = fgsm(*goal, eps=0.01, targeted=True)
+    flipped = 2 * case.x - fgsm(*goal, eps=0.01, bounds=(-9, 9))
+    torch.testing.assert_close(step, flipped.clamp(0, 1))
+
+
+def test_the_margin_loss_is_the_best_wrong_logit_less_the_right_one() -> None:
+    logits = torch.tensor([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0], [-1e4, 0.0, -2e4]])
+    y = torch.tensor([1, 2, 0])
+    assert margin_loss(logits, y).tolist() == [-2.0, 2.0, 1e4]
+    soft = torch.tensor([[0.1, 0.8, 0.1], [0.0, 0.4, 0.6], [0.5, 0.3, 0.2]])
+    assert margin_loss(logits, soft).tolist() == [-2.0, 2.0, 1e4]
+    (g,) = torch.autograd.grad(margin_loss(logits.requires_grad_(), y).sum(), logits)
+    assert g.tolist() == [[0, -1, 1], [0, 1, -1], [-1, 1, 0]]
+    with pytest.raises(ValueError, match="C >= 2"):
+        margin_loss(logits[:, :1], y)
+    with pytest.raises(ValueError, match="one label for each of the 3 samples"):
+        margin_loss(logits, y[:2])
+
+
+def test_a_sure_network_is_attacked_through_its_margin(case: Case) -> None:
+    class Sure(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e6 * case.model(x)
+
+    y = case.model(case.x).argmax(1)
+
+    def left(loss_fn: LossFn) -> float:
+        adv = pgd(Sure(), case.x, y, 0.1, loss_fn=loss_fn, random_start=False)
+        return float((case.model(adv).argmax(1) == y).double().mean())
+
+    assert left(margin_loss) < 0.5
+    assert left(cross_entropy) == 1.0
 
 
 def test_a_generator_makes_it_repeatable(case: Case) -> None:

@@ -1,0 +1,154 @@
+"""DeepFool: the nearest point of another class, in L2 (Moosavi-Dezfooli et al., CVPR 2016)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.attacks.arguments import Bounds, check_bounds, check_counts, check_numbers, hard_labels, has_nan, rowwise
+from fastcure.checks import check_batch, check_images, check_positive
+from fastcure.objective import Objective, evaluation_mode, unwrap
+
+HALVINGS = 12
+"""Of the segment from x to the point found: the distance is minimal along it to one part in 4096."""
+
+SHORTEST = 1e-4
+"""Least L2 length of a step, so that rounding cannot hold a sample on the boundary."""
+
+
+class DeepFool(NamedTuple):
+    """What `deepfool` found."""
+
+    x_adv: Tensor
+    """(B, ...), just beyond the boundary; where nothing was found, the last point tried."""
+    perturbation: Tensor
+    """(B, ...), `x_adv - x`."""
+    normal: Tensor
+    """(B, ...), the unit normal of the boundary at `x_adv`, pointing out of the class; 0 where the gradient is."""
+    distance: Tensor
+    """(B,), the L2 length of the perturbation; 0 where x is of another class already, infinite where none was found."""
+
+
+def deepfool(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int = 50,
+    overshoot: float = 0.02,
+    classes: int = 10,
+    bounds: Bounds | None = None,
+) -> DeepFool:
+    """Find the smallest L2 perturbation of each image that leaves its class.
+
+    Each step goes to the nearest boundary of the linearised network, and past it by `overshoot`; a sample stops at
+    its first point of another class. The segment from x to that point is then halved until its crossing of the
+    boundary is known. On a network that is linear in x the result is exact (to one part in 4096).
+
+    The model is attacked in evaluation mode and comes back as it was. A step costs `classes + 2` forward passes for
+    the samples still under way, the halvings 12 and the normal 4.
+
+    Args:
+        model: the network, normalisation inside.
+        x: `(B, ...)` images.
+        y: class indices `(B,)` to leave; by default those that the model predicts. A sample that is not predicted
+            as its `y` is left where it is, at distance 0.
+        steps: at most.
+        overshoot: relative length past the linearised boundary.
+        classes: only the boundaries with the most likely classes at x are tried, its own counted; 2 or more.
+        bounds: range of pixel values that no point leaves; None for none.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range.
+        FloatingPointError: if a gradient was not a number.
+    """
+    check_images(x) if y is None else check_batch(x, y, None)
+    check_counts(steps=steps)
+    check_positive("overshoot", overshoot, zero=True)
+    if classes < 2:
+        raise ValueError(f"classes must be >= 2, the own and another, got {classes}")
+    if bounds is not None:
+        check_bounds(bounds)
+    model = unwrap(model)
+    objective = Objective(model, trainable=False)
+    x = x.detach()
+    with evaluation_mode(model):
+        logits = _logits(objective, x)
+        if logits.shape[1] < 2:
+            raise ValueError(f"the model must have 2 outputs or more, got {logits.shape[1]}")
+        own = logits.argmax(1) if y is None else hard_labels(y)
+        rivals = _without(logits, own).topk(min(classes, logits.shape[1]) - 1).indices
+        x_adv = x.clone()
+        left = (logits.argmax(1) == own).nonzero().flatten()
+        for _ in range(steps):
+            if not len(left):
+                break
+            point = x_adv[left]
+            point = point + (1 + overshoot) * _step(objective, point, own[left], rivals[left], bounds)
+            x_adv[left] = point if bounds is None else point.clamp(*bounds)
+            left = left[_logits(objective, x_adv[left]).argmax(1) == own[left]]
+
+        x_adv = _halve(objective, x, x_adv, own)
+        normal, bad = _normal(objective, x_adv, own)
+    check_numbers(bad | has_nan(x_adv))
+    perturbation = x_adv - x
+    distance = perturbation.flatten(1).norm(dim=1).index_fill(0, left, torch.inf)
+    return DeepFool(x_adv, perturbation, normal, distance)
+
+
+@torch.no_grad()
+def _logits(objective: Objective, x: Tensor) -> Tensor:
+    return objective(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))[0]
+
+
+def _without(logits: Tensor, own: Tensor) -> Tensor:
+    return logits.scatter(1, own[:, None], -torch.inf)
+
+
+def _gradients(objective: Objective, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits `(B, K)` of the classes `labels` `(B, K)`, and their gradients `(B, K, ...)`."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        chosen = objective(point, labels[:, 0])[0].gather(1, labels)
+        sums = chosen.sum(0).unbind()
+        gradients = [torch.autograd.grad(each, point, retain_graph=True)[0] for each in sums]
+    return chosen.detach(), torch.stack(gradients, 1)
+
+
+def _step(objective: Objective, x: Tensor, own: Tensor, rivals: Tensor, bounds: Bounds | None) -> Tensor:
+    """Return the step `(B, ...)` from x to the nearest boundary with a rival `(B, K)` of the linearised network.
+
+    A pixel that stands at a bound does not move past it: the others make the way.
+    """
+    logits, gradients = _gradients(objective, x, torch.cat([own[:, None], rivals], 1))
+    w = (gradients[:, 1:] - gradients[:, :1]).flatten(2)  # (B, K, N)
+    if bounds is not None:
+        pixels = x.flatten(1)[:, None]
+        w = w.masked_fill(((pixels <= bounds[0]) & (w < 0)) | ((pixels >= bounds[1]) & (w > 0)), 0.0)
+    norm = w.norm(dim=2)
+    distance = torch.where(norm == 0, torch.inf, (logits[:, :1] - logits[:, 1:]) / norm)
+    length, nearest = distance.min(1)
+    w, norm = (value[torch.arange(len(x), device=x.device), nearest] for value in (w, norm))
+    # Where no boundary has a gradient there is nowhere to go.
+    scale = torch.where(norm == 0, 0.0, length.clamp_min(SHORTEST) / norm)
+    return (scale[:, None] * w).view_as(x)
+
+
+def _halve(objective: Objective, x: Tensor, x_adv: Tensor, own: Tensor) -> Tensor:
+    """Return the point next to x, on the segment to `x_adv`, that is of another class; `x_adv` where it is not."""
+    low, high = x.new_zeros(len(x)), x.new_ones(len(x))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        wrong = _logits(objective, torch.lerp(x, x_adv, rowwise(middle, x))).argmax(1) != own
+        low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
+    return torch.lerp(x, x_adv, rowwise(high, x))
+
+
+def _normal(objective: Objective, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit normals `(B, ...)` of the boundary with the most likely other class, and which are NaN `(B,)`."""
+    rival = _without(_logits(objective, x), own).argmax(1)
+    _, gradients = _gradients(objective, x, torch.stack([own, rival], 1))
+    w = gradients[:, 1] - gradients[:, 0]
+    return torch.nn.functional.normalize(w.flatten(1), eps=torch.finfo(x.dtype).tiny).view_as(x), has_nan(w)

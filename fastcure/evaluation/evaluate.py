@@ -1,0 +1,166 @@
+"""`fastcure evaluate`: the accuracy of a network, clean and under attack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastcure.accuracy import Attack, accuracy
+from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
+from fastcure.checklist import Check, masking_checklist, verdict
+from fastcure.data import Dataset, load
+from fastcure.evaluation.settings import EvaluationSettings
+from fastcure.objective import evaluation_mode, find_logits
+from fastcure.outside import load_model
+from fastcure.training.finetune import environment, limited, pick_device
+
+Results = dict[str, Any]
+
+
+def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> Results:
+    """Measure what `settings` describe; write it to `settings.out`, if given.
+
+    Args:
+        settings: of the evaluation.
+        say: takes each line of the report.
+
+    Returns:
+        `clean`; `fgsm`, `pgd` and if asked for `spsa` and `autoattack`: `{eps: accuracy}`; `deepfool`, `{"mean",
+        "median", "found"}` over the images classified rightly (L2 lengths, the mean of those found); if asked for
+        `checklist`, its items; and `settings`, `images`, `environment`.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: before anything is written, if a setting, the data or the model is
+            not as it must be.
+        FloatingPointError: if an attack met a NaN.
+    """
+    assert settings.model is not None
+    assert settings.dataset is not None
+    device = pick_device(settings.device)
+    data = limited(load(settings.dataset, settings.data_dir), settings.limit)
+    make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1])
+    model = make(settings.checkpoint, settings.mean, settings.std).to(device)
+    needs_twin = settings.checklist and settings.twin is not None
+    twin = make(settings.twin, settings.mean, settings.std).to(device) if needs_twin else None
+    _check_model(model, settings.model, data, device)
+    say(
+        f"{data.name}: {len(data.x_test):,} test images of {' x '.join(map(str, data.x_test.shape[1:]))}, "
+        f"{settings.model} from {settings.checkpoint or 'its function'} on {device}, seed {settings.seed}"
+    )
+    measure = _Measure(model, data, device, settings)
+    steps, starts = settings.steps, settings.restarts
+    attacks: dict[str, tuple[str, Callable[..., Tensor]]] = {
+        "fgsm": ("FGSM", lambda *args, generator, **options: fgsm(*args, **options)),
+        "pgd": (f"PGD-{steps}" + (f" x {starts}" if starts > 1 else ""), partial(pgd, steps=steps, restarts=starts)),
+    }
+    if settings.spsa:
+        attacks["spsa"] = ("SPSA", spsa)
+    if settings.autoattack:
+        attacks["autoattack"] = ("AutoAttack", partial(autoattack, batch_size=settings.batch_size))
+
+    results: Results = {"clean": measure.accuracy("clean")}
+    say(f"{'accuracy':<14}" + "".join(f" {f'eps {eps:.3g}':>10}" for eps in settings.eps))
+    say(f"{'clean':<14} {results['clean']:10.1%}")
+    for name, (title, attack) in attacks.items():
+        found = {eps: measure.accuracy(f"{title} {eps:.3g}", attack, eps) for eps in settings.eps}
+        results[name] = {f"{eps:.6g}": value for eps, value in found.items()}
+        say(f"{title:<14}" + "".join(f" {value:10.1%}" for value in found.values()))
+    results["deepfool"] = measure.distances()
+    say("DeepFool: L2 distance {mean}, median {median}, found for {found}".format(**_shown(results["deepfool"])))
+    if settings.checklist:
+        items = measure.checklist(twin)
+        results["checklist"] = [item._asdict() for item in items]
+        say(verdict(items))
+
+    about = {"settings": asdict(settings), "images": len(data.x_test), "environment": environment(device)}
+    results = {**about, **results}
+    if settings.out is not None:
+        text = json.dumps(results, indent=2) + "\n"
+        with open(settings.out, "x") as file:
+            file.write(text)
+        say(f"results in {settings.out}")
+    return results
+
+
+class _Measure:
+    """The test images, and what is measured on them."""
+
+    def __init__(self, model: nn.Module, data: Dataset, device: torch.device, settings: EvaluationSettings) -> None:
+        self.model, self.settings = model, settings
+        self.x, self.y = data.x_test.to(device), data.y_test.to(device)
+
+    def accuracy(self, title: str, attack: Callable[..., Tensor] | None = None, eps: float = 0.0) -> float:
+        """Accuracy under an attack, a bar of progress an image."""
+        options = {"eps": eps, "generator": torch.Generator().manual_seed(self.settings.seed)}
+        with self._bar(title, len(self.x), "image") as bar:
+
+            def followed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+                adv = x if attack is None else attack(model, x, y, **options)
+                bar.update(len(x))
+                return adv
+
+            follow: Attack = followed
+            return accuracy(self.model, self.x, self.y, follow, self.settings.batch_size)
+
+    def distances(self) -> dict[str, float | None]:
+        """DeepFool's L2 distances within the box, over the images classified rightly."""
+        batches = []
+
+        def kept(model: nn.Module, x: Tensor, y: Tensor, **_: Any) -> Tensor:
+            found = deepfool(model, x, y, bounds=(0.0, 1.0))
+            batches.append(found.distance[found.distance > 0])
+            return found.x_adv
+
+        self.accuracy("DeepFool", kept)
+        distance = torch.cat(batches).double().cpu()
+        found = distance[distance.isfinite()]
+        if not len(found):
+            return {"mean": None, "median": None, "found": 0.0 if len(distance) else None}
+        middle = float(distance.median())
+        median = middle if middle < float("inf") else None
+        return {"mean": float(found.mean()), "median": median, "found": len(found) / len(distance)}
+
+    def checklist(self, twin: nn.Module | None) -> list[Any]:
+        """The gradient-masking checklist at the last radius."""
+        x = self.x.float() / 255
+
+        def progress(checks: list[Check]) -> tqdm[Check]:
+            return self._bar("checklist", checks, "item")
+
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        options: dict[str, Any] = {"twin": twin, "steps": self.settings.steps, "batch_size": self.settings.batch_size}
+        options |= {"generator": generator, "progress": progress}
+        return masking_checklist(self.model, x, self.y, self.settings.eps[-1], **options)
+
+    @staticmethod
+    def _bar(title: str, work: Any, unit: str) -> Any:
+        what = {"total": work} if isinstance(work, int) else {"iterable": work}
+        return tqdm(desc=title, leave=False, unit=unit, dynamic_ncols=True, disable=None, **what)
+
+
+def _check_model(model: nn.Module, name: str, data: Dataset, device: torch.device) -> None:
+    """Try the model on two images, so that what does not fit is said before an hour of attacks."""
+    images = data.x_test[:2].to(device).float() / 255
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            logits = find_logits(model(images))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"model {name} cannot take the images of {data.name}: {error}") from error
+    if logits.shape[:1] != images.shape[:1] or logits.dim() != 2 or logits.shape[1] < data.classes:
+        raise ValueError(
+            f"model {name} must return logits (B, C) with C >= {data.classes}, the classes of {data.name}, "
+            f"got {tuple(logits.shape)} for B = {len(images)}"
+        )
+
+
+def _shown(distances: dict[str, float | None]) -> dict[str, str]:
+    mean, median, found = distances["mean"], distances["median"], distances["found"]
+    lengths = ["-" if value is None else f"{value:.3g}" for value in (mean, median)]
+    return {"mean": lengths[0], "median": lengths[1], "found": "-" if found is None else f"{found:.1%}"}

@@ -1,0 +1,81 @@
+"""The settings of an evaluation: their defaults, what a run says of them, and their checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcure.models import MODELS
+from fastcure.training.settings import _setting
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated, and how."""
+
+    run: str | None = _setting(None, "Folder of a finetune run: its model, dataset and radii are the defaults below.")
+    model: str | None = _setting(None, "As in `fastcure.models.build`, or package.module:function to call.")
+    checkpoint: str | None = _setting(None, "Weights, .safetensors or .pt; the run's after CURE.")
+    mean: tuple[float, ...] | None = _setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
+    std: tuple[float, ...] | None = _setting(None, "Likewise.")
+    dataset: str | None = _setting(None, "As in `fastcure.data.load`.")
+    data_dir: str = _setting("data", "Folder of the dataset's files.")
+    eps: tuple[float, ...] = _setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
+    steps: int = _setting(10, "Of PGD.")
+    restarts: int = _setting(1, "Random starts of PGD; the best of each image counts.")
+    spsa: bool = _setting(False, "Also attack without gradients.")
+    autoattack: bool = _setting(False, "Also run AutoAttack, the field's standard (slow).")
+    checklist: bool = _setting(False, "Also look for gradient masking, at the last radius.")
+    twin: str | None = _setting(
+        None, "For the checklist: weights of the same model, trained normally; the run's before CURE."
+    )
+    limit: int | None = _setting(None, "Use the first N test images only.")
+    batch_size: int = _setting(256, "Images at a time.")
+    device: str = _setting("auto", "'auto' takes a GPU where there is one.")
+    seed: int = _setting(0, "Of the attacks' random starts.")
+    out: str | None = _setting(None, "File for the results as JSON; must not exist.")
+
+    def __post_init__(self) -> None:
+        """Check every value; a ValueError names the first that does not fit, and what would."""
+        if self.model is None or self.dataset is None:
+            raise ValueError("what to evaluate is missing: give --run, or --model and --dataset")
+        if self.model in MODELS and self.checkpoint is None:
+            raise ValueError(f"{self.model} has random weights without --checkpoint")
+        least = {"steps": 1, "restarts": 1, "batch_size": 1, "limit": 1, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be >= {low}, got {value}")
+        if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
+            raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
+        if self.out is not None:
+            path = Path(self.out)
+            if path.exists():
+                raise ValueError(f"out must be a new file, got {path}, which exists: choose another")
+            if not path.parent.is_dir():
+                raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
+
+
+def make_evaluation_settings(explicit: dict[str, Any]) -> EvaluationSettings:
+    """Combine what the user set with what the run says, if there is one: what is explicit wins.
+
+    Raises:
+        FileNotFoundError: if the run's folder is not there, or lacks its settings.
+        ValueError: if these cannot be read, or a value does not fit.
+    """
+    return EvaluationSettings(**{**(_run_defaults(Path(explicit["run"])) if "run" in explicit else {}), **explicit})
+
+
+def _run_defaults(run: Path) -> dict[str, Any]:
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"run {run} must be the folder of a finetune run, but {path} does not exist")
+    try:
+        config = json.loads(path.read_text())
+        found = {name: config[name] for name in ("model", "dataset", "data_dir")} | {"eps": tuple(config["eps"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the settings of a run: {type(error).__name__} {error}") from error
+    twin = run / "original.safetensors"
+    return {**found, "checkpoint": str(run / "model.safetensors"), "twin": str(twin) if twin.is_file() else None}

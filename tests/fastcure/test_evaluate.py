@@ -1,0 +1,287 @@
+"""`fastcure evaluate`, run as a user runs it, on a run's folder and on networks from outside."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastcure.evaluation.evaluate as evaluation
+from fastcure.attacks import autoattack
+from fastcure.cli import main
+from fastcure.models import Normalize, resnet8
+from fastcure.outside import load_model
+
+OUTSIDE = """
+from torch import nn
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3))
+
+class Network(nn.Sequential):
+    def __init__(self):
+        super().__init__(*network())
+
+number = 3
+
+def broken():
+    raise RuntimeError("no such layer")
+
+def small():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+"""
+EPS = (8 / 255, 0.1)
+
+
+class Place:
+    """A folder with a dataset, a run and a module of networks, and the commands run in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        rng = np.random.default_rng(0)
+        y = rng.integers(0, 3, 70)
+        x = (rng.integers(0, 128, (70, 8, 8, 3)) + 60 * y[:, None, None, None]).astype(np.uint8)
+        np.savez(path / "data.npz", x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
+        self.x = torch.from_numpy(x[40:]).permute(0, 3, 1, 2).float() / 255
+        self.y = torch.from_numpy(y[40:])
+
+        torch.manual_seed(0)
+        self.model, twin = self.train(resnet8(classes=3)), resnet8(classes=3)
+        (path / "run").mkdir()
+        save_file(self.model.state_dict(), path / "run" / "model.safetensors")
+        save_file(twin.state_dict(), path / "run" / "original.safetensors")
+        config = {"model": "resnet8", "dataset": "npz:data.npz", "data_dir": "data", "eps": EPS, "gamma": "1"}
+        (path / "run" / "config.json").write_text(json.dumps(config))
+
+        (path / "outside_networks.py").write_text(OUTSIDE)
+        self.outside = self.train(nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3)))
+        torch.save(self.outside.state_dict(), path / "outside.pt")
+
+    def train(self, model: nn.Module) -> nn.Module:
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(12):
+            optimizer.zero_grad()
+            F.cross_entropy(model(self.x), self.y).backward()
+            optimizer.step()
+        return model.eval()
+
+    def results(self, *flags: str, name: str = "results.json") -> dict:
+        out = self.path / name
+        assert main(["evaluate", *flags, "--out", str(out)]) == 0
+        found = json.loads(out.read_text())
+        out.unlink()
+        return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(autouse=True)
+def _inside(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.path)
+
+
+def right(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float((model(x).argmax(1) == y).double().mean())
+
+
+def plain_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    point = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(point), y), point)
+    return (x + eps * g.sign()).clamp(0, 1)
+
+
+def test_a_run_is_enough(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    found = place.results("--run", "run", "--batch-size", "7")
+    assert found["clean"] == right(place.model, place.x, place.y)
+    assert found["clean"] > 0.4
+    assert list(found["fgsm"]) == list(found["pgd"]) == ["0.0313725", "0.1"]
+    for eps, accuracy in found["fgsm"].items():
+        assert accuracy == right(place.model, plain_fgsm(place.model, place.x, place.y, float(eps)), place.y)
+    assert found["pgd"]["0.1"] <= found["pgd"]["0.0313725"] <= found["clean"]
+    assert found["deepfool"]["found"] == 1
+    assert 0 < found["deepfool"]["mean"] < 2
+    assert found["images"] == 30
+    assert found["settings"]["checkpoint"] == str(Path("run") / "model.safetensors")
+    assert {"fastcure", "torch", "device"} <= set(found["environment"])
+    assert not {"spsa", "autoattack", "checklist"} & set(found)
+    shown = capsys.readouterr().out
+    assert f"clean {found['clean']:19.1%}" in shown
+    for title in ("eps 0.0314", "FGSM", "PGD-10", "DeepFool: L2 distance", "results in"):
+        assert title in shown
+
+
+def test_the_run_before_cure_is_its_other_checkpoint(place: Place) -> None:
+    found = place.results("--run", "run", "--checkpoint", "run/original.safetensors", "--limit", "9", "--eps", "1/255")
+    twin = load_model("resnet8", "run/original.safetensors", classes=3).eval()
+    assert found["clean"] == right(twin, place.x[:9], place.y[:9])
+    assert list(found["pgd"]) == ["0.00392157"]
+
+
+def test_all_attacks(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(evaluation, "autoattack", functools.partial(autoattack, attacks=("apgd-ce",)))
+    flags = [
+        "--spsa",
+        "--autoattack",
+        "--checklist",
+        "--eps",
+        "8/255",
+        "--steps",
+        "3",
+        "--restarts",
+        "2",
+        "--limit",
+        "12",
+    ]
+    found = place.results("--run", "run", *flags)
+    assert found["autoattack"]["0.0313725"] <= found["pgd"]["0.0313725"] <= found["spsa"]["0.0313725"]
+    assert [item["passed"] is None for item in found["checklist"]] == [False] * 6
+    assert found["checklist"][0]["evidence"]["margin"] == 0.02
+    shown = capsys.readouterr().out
+    for title in ("PGD-3 x 2", "SPSA", "AutoAttack", "gradient masking: ", "an unbounded attack"):
+        assert title in shown
+
+
+def test_a_seed_repeats(place: Place) -> None:
+    first, again = (place.results("--run", "run", "--eps", "0.05", "--seed", "3") for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("name", ["outside_networks:network", "outside_networks:Network"])
+def test_a_network_from_outside(place: Place, name: str) -> None:
+    flags = ["--model", name, "--checkpoint", "outside.pt", "--dataset", "npz:data.npz", "--eps", "0.02"]
+    found = place.results(*flags)
+    assert found["clean"] == right(place.outside, place.x, place.y)
+    attacked = plain_fgsm(place.outside, place.x, place.y, 0.02)
+    assert found["fgsm"]["0.02"] == right(place.outside, attacked, place.y)
+
+
+def test_mean_and_std_stand_in_front_of_a_network_from_outside(place: Place) -> None:
+    numbers = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+    normalized = nn.Sequential(Normalize(3, *numbers), place.outside)
+    flags = [
+        "--model",
+        "outside_networks:network",
+        "--checkpoint",
+        "outside.pt",
+        "--dataset",
+        "npz:data.npz",
+        "--eps",
+        "0.02",
+    ]
+    found = place.results(*flags, "--mean", "0.5,0.4,0.3", "--std", "1/4,0.2,0.3")
+    assert found["clean"] == right(normalized, place.x, place.y)
+    assert found["fgsm"]["0.02"] == right(normalized, plain_fgsm(normalized, place.x, place.y, 0.02), place.y)
+    assert found["clean"] != right(place.outside, place.x, place.y)
+
+
+def test_what_cannot_be_attacked_has_no_distance(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3))
+    for parameter in flat.parameters():
+        nn.init.zeros_(parameter)
+    torch.save(flat.state_dict(), "flat.pt")
+    flags = ["--model", "outside_networks:network", "--checkpoint", "flat.pt", "--dataset", "npz:data.npz"]
+    found = place.results(*flags)
+    assert found["deepfool"] == {"mean": None, "median": None, "found": 0.0}
+    assert "DeepFool: L2 distance -, median -, found for 0.0%" in capsys.readouterr().out
+
+
+OUT = ["--model", "outside_networks:network", "--dataset", "npz:data.npz"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --run, or --model and --dataset"),
+        (["--model", "outside_networks:network"], "give --run, or --model and --dataset"),
+        (["--run", "nowhere"], "must be the folder of a finetune run"),
+        (["--run", "damaged"], "config.json cannot be read as the settings of a run: JSONDecodeError"),
+        (["--run", "older"], "config.json cannot be read as the settings of a run: KeyError 'dataset'"),
+        (["--run", "run", "--checkpoint", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
+        (["--run", "run", "--twin", "nowhere.pt", "--checklist"], "checkpoint nowhere.pt does not exist"),
+        (["--run", "run", "--mean", "0.5", "--std", "0.5"], "resnet8 has its mean and std in the checkpoint"),
+        (["--run", "run", "--eps", "2"], "eps must be radii in (0, 1]"),
+        (["--run", "run", "--steps", "0"], "steps must be >= 1, got 0"),
+        (["--run", "run", "--limit", "0"], "limit must be >= 1, got 0"),
+        (["--run", "run", "--device", "abacus"], "device must be auto, cpu, cuda"),
+        (["--run", "run", "--dataset", "mnist"], "unknown dataset 'mnist'"),
+        (["--model", "resnet8", "--dataset", "npz:data.npz"], "resnet8 has random weights without --checkpoint"),
+        ([*OUT[2:], "--model", "vgg"], "wide_resnet28_10 or package.module:function, got 'vgg'"),
+        ([*OUT[2:], "--model", "outside_networks:"], "package.module:function, got 'outside_networks:'"),
+        ([*OUT[2:], "--model", "nowhere:network"], "model nowhere:network cannot be made: ModuleNotFoundError"),
+        ([*OUT[2:], "--model", "outside_networks:vgg"], "cannot be made: AttributeError"),
+        ([*OUT[2:], "--model", "outside_networks:broken"], "cannot be made: RuntimeError: no such layer"),
+        ([*OUT[2:], "--model", "outside_networks:number"], "cannot be made: TypeError"),
+        ([*OUT[2:], "--model", "builtins:dict"], "must make a torch.nn.Module, got dict"),
+        ([*OUT[2:], "--model", "outside_networks:small"], "must return logits (B, C) with C >= 3"),
+        ([*OUT, "--checkpoint", "run/model.safetensors"], "does not fit the model"),
+        ([*OUT, "--mean", "0.5"], "mean and std must be given together"),
+        ([*OUT, "--mean", "0.5,0.5", "--std", "0.5"], "mean must have 1 or 3 values"),
+        (["--model", "outside_networks:network", "--dataset", "digits"], "cannot take the images of digits"),
+    ],
+)
+def test_bad_input_is_one_line_status_two_and_nothing_written(
+    place: Place, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    for name, text in (("damaged", "{"), ("older", '{"model": "resnet8"}')):
+        (place.path / name).mkdir(exist_ok=True)
+        (place.path / name / "config.json").write_text(text)
+    assert main(["evaluate", *flags, "--out", "out.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastcure: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (place.path / "out.json").exists()
+
+
+def test_a_file_that_exists_is_not_overwritten(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.path / "kept.json").write_text("kept")
+    assert main(["evaluate", "--run", "run", "--out", "kept.json"]) == 2
+    assert "kept.json, which exists: choose another" in capsys.readouterr().err
+    assert (place.path / "kept.json").read_text() == "kept"
+    assert main(["evaluate", "--run", "run", "--out", "nowhere/out.json"]) == 2
+    assert "out must be in a folder that exists" in capsys.readouterr().err
+
+
+def test_numbers_that_are_none_are_argparse_s_business(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--mean", "dark"])
+    assert stop.value.code == 2
+    assert "numbers such as 8/255,0.1, got 'dark'" in capsys.readouterr().err
+
+
+def test_a_network_of_nan_is_status_one(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {key: torch.full_like(value, torch.nan) for key, value in place.outside.state_dict().items()}
+    torch.save(state, "nan.pt")
+    assert main(["evaluate", *OUT, "--checkpoint", "nan.pt", "--out", "out.json"]) == 1
+    assert "samples is NaN" in capsys.readouterr().err
+    assert not (place.path / "out.json").exists()
+
+
+def test_a_pickle_in_a_checkpoint_is_not_executed(place: Place) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (place.path / "exploded",))
+
+    torch.save({"state_dict": Bomb()}, "bomb.pt")
+    assert main(["evaluate", *OUT, "--checkpoint", "bomb.pt"]) == 2
+    assert not (place.path / "exploded").exists()
+
+
+def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in (
+        "--run --model --checkpoint --mean --std --dataset --data-dir --eps --steps --restarts --spsa --autoattack "
+        "--checklist --twin --limit --batch-size --device --seed --out"
+    ).split():
+        assert flag in shown
