@@ -1,11 +1,12 @@
-"""The command line: `fastcure finetune`."""
+"""The command line: `fastcure finetune | evaluate`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
@@ -16,25 +17,27 @@ first 30 %% of the epochs, then 4); 1e-3:1e-5 (from one to the other throughout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if training failed, 2 for bad input, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 1 if it met a NaN, 2 for bad input, 130 or 143 when stopped."""
     parser = argparse.ArgumentParser(
         prog="fastcure", description="CURE: curvature regularisation for robust classifiers"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_finetune(commands)
+    _add_evaluate(commands)
     arguments = vars(parser.parse_args(argv))
-    arguments.pop("command")
+    run = {"finetune": _finetune, "evaluate": _evaluate}[arguments.pop("command")]
     try:
-        return _finetune(arguments)
+        return run(arguments)
     except FloatingPointError as error:
         return _fail(error, 1)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if "FASTCURE_DEBUG" in os.environ:
             raise
         return _fail(error, 2)
-    except KeyboardInterrupt:
-        print("fastcure: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one from each process of torchrun
+            print(f"fastcure: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def _fail(error: BaseException, status: int) -> int:
@@ -43,8 +46,6 @@ def _fail(error: BaseException, status: int) -> int:
 
 
 def _add_finetune(commands: Any) -> None:
-    from dataclasses import fields
-
     from fastcure.training.settings import PRESETS, Settings
 
     parser = commands.add_parser(
@@ -55,35 +56,62 @@ def _add_finetune(commands: Any) -> None:
         epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
     )
-    kinds: dict[str, Any] = {"eps": _radii}
-    for field in fields(Settings):
-        name, default, words = field.name, field.default, field.metadata["help"]
-        flag = "--" + name.replace("_", "-")
+    _add_flags(parser, Settings, {"preset": f" ({', '.join(PRESETS)})"})
+    words = "Go on with the run in --out, or begin it; other settings need not be given again, and must be the same."
+    parser.add_argument("--resume", action="store_true", help=words)
+
+
+def _add_evaluate(commands: Any) -> None:
+    from fastcure.evaluation.settings import EvaluationSettings
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a network's accuracy, clean and under attack",
+        description="Measure a network's accuracy, clean and under attack: one of a finetune run (--run), or any other "
+        "(--model, --checkpoint, --dataset).",
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_flags(parser, EvaluationSettings)
+
+
+def _add_flags(parser: argparse.ArgumentParser, settings: type[Any], more: Mapping[str, str] = {}) -> None:
+    """Add a flag for each field of a dataclass; what is not set is left out, so that defaults are the dataclass's."""
+    kinds: dict[str, Any] = {"eps": _numbers, "mean": _numbers, "std": _numbers, "limit": int}
+    for field in fields(settings):
+        name, default = field.name, field.default
+        flag, words = "--" + name.replace("_", "-"), field.metadata["help"] + more.get(name, "")
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=words)
             continue
-        kind = kinds.get(name, int if isinstance(default, int) or name == "limit" else str)
+        kind = kinds.get(name, int if isinstance(default, int) else str)
         shown = ",".join(f"{v:.3g}" for v in default) if isinstance(default, tuple) else default
-        if name == "preset":
-            words += f" ({', '.join(PRESETS)})"
         if shown is not None:
             words += f" ({shown})"
         parser.add_argument(flag, type=kind, metavar=name.upper(), help=words.replace("%", "%%"))
 
 
-def _radii(text: str) -> tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     """Read `8/255,0.1`."""
     try:
         return tuple(float(Fraction(part)) for part in text.split(","))
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"radii such as 8/255,0.1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"numbers such as 8/255,0.1, got {text!r}") from None
 
 
 def _finetune(arguments: dict[str, Any]) -> int:
     from fastcure.training.finetune import finetune
     from fastcure.training.settings import make_settings
 
-    finetune(make_settings(arguments))
+    resume = arguments.pop("resume", False)
+    finetune(make_settings(arguments, resume=resume), resume=resume)
+    return 0
+
+
+def _evaluate(arguments: dict[str, Any]) -> int:
+    from fastcure.evaluation.evaluate import evaluate
+    from fastcure.evaluation.settings import make_evaluation_settings
+
+    evaluate(make_evaluation_settings(arguments))
     return 0
 
 

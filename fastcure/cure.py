@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastcure.checks import check_positive
 from fastcure.curvature import BatchStats, check_arguments, curvature
@@ -88,6 +89,7 @@ class CURE(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
+        _refuse_static_graph()
         if self.microbatch is not None and self.microbatch < len(x):
             return self._in_parts(x, y, self.microbatch)
         out = curvature(
@@ -125,4 +127,14 @@ class CURE(nn.Module):
         return (
             f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
             f"batch_stats={self.batch_stats!r}"
+        )
+
+
+def _refuse_static_graph() -> None:
+    """Raise if a DistributedDataParallel around us takes the graph of its first step for that of every step."""
+    around = DistributedDataParallel._active_ddp_module
+    if around is not None and around.static_graph:
+        raise ValueError(
+            "CURE must not be in a DistributedDataParallel with static_graph=True: where a step's graph is not that of "
+            "the first, gradients are not averaged, without an error; leave it out (find_unused_parameters=True works)"
         )

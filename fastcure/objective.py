@@ -171,7 +171,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the module that can be differentiated twice: the one inside a `torch.compile` wrapper.
 
     Raises:
-        TypeError: for what is not a module, or one that synchronises gradients by itself.
+        TypeError: for what is not a module, or one that synchronises gradients or gathers parameters by itself.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -179,6 +179,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(
             "model must not be a DistributedDataParallel: its gradients would not be averaged; "
             "wrap the regulariser instead, DistributedDataParallel(CURE(model))"
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise TypeError(
+            "model must not have sharded parameters (DTensor): shard it as one with the regulariser, "
+            "fully_shard(CURE(model)), and no part of it apart"
         )
     original = getattr(model, "_orig_mod", model)
     assert isinstance(original, nn.Module)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import IO, Any
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
@@ -12,10 +11,10 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 def draw_curves(
     history: list[dict[str, Any]],
     metrics: dict[str, dict[str, Any]],
-    path: str | os.PathLike[str],
+    file: IO[bytes],
     title: str,
 ) -> None:
-    """Draw `history` (rows of history.csv) and `metrics` (of metrics.json) into a PNG at `path`."""
+    """Draw `history` (rows of history.csv) and `metrics` (of metrics.json) as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,4 +52,4 @@ def draw_curves(
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(file, dpi=150, metadata={"Software": None})

@@ -1,15 +1,31 @@
-"""One epoch of training, normal or with CURE."""
+"""The steps of an epoch, of normal training or with CURE: the two differ in their objective alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastcure import CURE
+from fastcure.cure import CUREOutput
+from fastcure.objective import cross_entropy
+from fastcure.training.ranks import Ranks
 from fastcure.training.schedule import Schedule
+
+
+class Normal(nn.Module):
+    """The objective of normal training: cross-entropy in training mode, and no penalty."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
+        """Return what `CURE` returns."""
+        logits = self.model(x)
+        loss = cross_entropy(logits, y).mean()
+        return CUREOutput(loss, loss, torch.zeros((), device=x.device), logits)
 
 
 class EpochResult(NamedTuple):
@@ -20,57 +36,61 @@ class EpochResult(NamedTuple):
     accuracy: float
 
 
-def train_epoch(
-    cure: CURE,
-    batches: Iterable[tuple[Tensor, Tensor]],
+def train_steps(
+    objective: nn.Module,
+    batches: Iterable[tuple[float, tuple[Tensor, Tensor]]],
     optimizer: torch.optim.Optimizer,
-    lr: Schedule,
-    epoch: int,
-    steps: int,
-    *,
-    gamma: Schedule | None = None,
-    h: Schedule | None = None,
+    schedules: Mapping[str, Schedule],
+    sums: Tensor,
+    ranks: Ranks,
     autocast: torch.dtype | None = None,
-) -> EpochResult:
-    """Train for one epoch: with CURE if there is a schedule of `gamma`, else normally, in training mode.
+) -> Iterator[None]:
+    """Train, and yield after every step.
+
+    Each process takes its share of a batch, and weighs it by its size: DistributedDataParallel takes the mean over the
+    processes, whose shares of the last batch need not be equal.
 
     Args:
-        cure: the regulariser around the model.
-        batches: `(x, y)` on the model's device.
-        optimizer: of the model's parameters; its learning rate is set from `lr` before each step.
-        lr, gamma, h: schedules, in epochs.
-        epoch: number of epochs before this one.
-        steps: number of batches of an epoch.
+        objective: `CURE` or `Normal`, as `ranks.wrap` returns it.
+        batches: the time in epochs, and `(x, y)`, the same for all processes.
+        optimizer: of the model's parameters.
+        schedules: of `lr`, and of attributes of the objective, set before each step.
+        sums: float64 `(4,)`, on the device; to it are added, over the images of this process, loss, penalty, right
+            answers and 1.
+        ranks: the processes.
         autocast: dtype of autocast, or None.
-
-    Raises:
-        FloatingPointError: if the loss or the penalty is not finite at the end of the epoch.
     """
-    model = cure.model
-    device = next(model.parameters()).device
-    model.train()
-    sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
-    for step, (x, y) in enumerate(batches):
-        now = epoch + step / steps
+    inner: Any = objective.module if isinstance(objective, nn.parallel.DistributedDataParallel) else objective
+    inner.model.train()
+    for now, batch in batches:
+        for name, schedule in schedules.items():
+            if name != "lr":
+                setattr(inner, name, schedule.at(now))
         for group in optimizer.param_groups:
-            group["lr"] = lr.at(now)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            if gamma is None or h is None:
-                logits = model(x)
-                loss = total = cure.loss_fn(logits, y).mean()
-                penalty = torch.zeros((), device=device)
-            else:
-                cure.gamma, cure.h = gamma.at(now), h.at(now)
-                total, loss, penalty, logits = cure(x, y)
+            group["lr"] = schedules["lr"].at(now)
+        x, y = ranks.share(*batch)
+        count = len(x)
+        if not count:  # all must take part: with one image of weight zero
+            x, y = (part[:1] for part in batch)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            total, loss, penalty, logits = objective(x, y)
         optimizer.zero_grad()
-        total.backward()
+        (total * (count * ranks.size / len(batch[0]))).backward()
         optimizer.step()
         with torch.no_grad():
             right = (logits.argmax(1) == y).float().mean()
-            sums += len(x) * torch.stack([loss.detach(), penalty.detach(), right]).double()
-        count += len(x)
-    result = EpochResult(*(sums / count).tolist())
-    if not all(map(torch.isfinite, sums)):
+            sums += count * torch.stack([loss, penalty, right, torch.ones_like(right)]).double()
+        yield
+
+
+def epoch_result(epoch: int, sums: Tensor) -> EpochResult:
+    """Divide the sums `(4,)` of all processes by the number of images.
+
+    Raises:
+        FloatingPointError: if the loss or the penalty is not finite.
+    """
+    result = EpochResult(*(sums[:3] / sums[3]).tolist())
+    if not sums.isfinite().all():
         raise FloatingPointError(
             f"epoch {epoch + 1} ended with loss {result.loss} and penalty {result.penalty}: "
             "lower --lr or --gamma, or let gamma climb from 0"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+MAY_CHANGE = ("device", "data_dir", "out")
+"""Settings in which a resumed run may differ from its beginning: they say where things are."""
 
 
 class RunFolder:
@@ -18,53 +22,125 @@ class RunFolder:
 
     `config.json` the settings; `environment.json` versions, device and seconds; `history.csv` a row an epoch;
     `metrics.json` accuracies before and after; `original.safetensors` and `model.safetensors` the weights before and
-    after CURE; `curves.png`.
+    after CURE; `curves.png`. While the run lasts, `checkpoint.safetensors` is its state.
 
     Args:
         path: a folder that does not exist, or is empty.
+        resume: it may also hold a run.
 
     Raises:
-        ValueError: if it holds something already.
+        ValueError: if it holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        self.checkpoint = self.path / "checkpoint.safetensors"
+        held = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if (self.path.exists() and not self.path.is_dir()) or (held and not resume):
             raise ValueError(
                 f"out must be a new or an empty folder, got {self.path}, which holds something: choose another"
+                + (", or go on with the run in it by --resume" if "config.json" in held else "")
             )
+        results = {name for name in held if not name.endswith(".partial")}
+        self.begun = "config.json" in results
+        if results and not self.begun:
+            raise ValueError(f"out must be the folder of a run, got {self.path} without config.json: choose another")
+        self.finished = "metrics.json" in results and self.checkpoint.name not in results
+        if len(results) > 1 and not self.finished and self.checkpoint.name not in results:
+            raise ValueError(f"{self.checkpoint} is missing, without which the run cannot go on: choose another --out")
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Compare `settings` with those of the run in this folder, if there is one.
+
+        Raises:
+            ValueError: at the first that differs, those of `MAY_CHANGE` apart.
+        """
+        path = self.path / "config.json"
+        began = read_json(path) if self.begun else {}
+        for name, value in json.loads(json.dumps(settings)).items():
+            if name in began and name not in MAY_CHANGE and began[name] != value:
+                raise ValueError(
+                    f"{name} must be {began[name]!r} as in the run to be resumed, {path}, got {value!r}: leave it out, "
+                    f"or choose another --out ({', '.join(MAY_CHANGE)} may change)"
+                )
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read what `write_json` wrote.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        return read_json(self.path / name)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write `name` with keys in the order given."""
-        self._replace(name, (json.dumps(content, indent=2) + "\n").encode())
+        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write `name`, one line a row; all rows have the keys of the first."""
-        path = self._temporary(name)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        path.replace(self.path / name)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write(name, text.getvalue().encode())
 
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Write the model's state dict as safetensors: no path or time in it, so equal weights are equal bytes."""
         from safetensors.torch import save
 
-        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        self._replace(name, save(tensors))
+        self.write(name, save({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}))
 
-    def _replace(self, name: str, content: bytes) -> None:
-        path = self._temporary(name)
-        path.write_bytes(content)
-        path.replace(self.path / name)
+    def write(self, name: str, content: bytes) -> None:
+        """Write `name`; a crash leaves what there was before, and at most a `.NAME.partial`, which the next try takes.
 
-    def _temporary(self, name: str) -> Path:
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle, path = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-        os.close(handle)
-        os.chmod(path, 0o644)
-        return Path(path)
+        Raises:
+            OSError: if the disk is full, for instance.
+        """
+        partial = self.path / f".{name}.partial"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / name)
+            self._sync()
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise OSError(
+                f"{self.path / name} cannot be written ({error.strerror or error}); what was saved before is whole: "
+                "mend that, and go on with --resume"
+            ) from error
+
+    def finish(self) -> None:
+        """Remove the state of the run, which is over."""
+        self.checkpoint.unlink()
+        self._sync()
+
+    def _sync(self) -> None:
+        """Make renamed and removed names last through a power failure, where the system lets one."""
+        if os.name == "posix":
+            folder = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run.
+
+    Raises:
+        ValueError: if it is not as it was written.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}): is it whole?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastcure.curvature import BatchStats
 from fastcure.engines import ENGINES
 from fastcure.models import MODELS
+from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule
 
 
@@ -105,14 +107,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_settings(explicit: dict[str, Any]) -> Settings:
+def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings:
     """Combine what the user set with the preset they chose: what is explicit wins, then the preset, then defaults.
 
-    Without a preset, digits takes the preset of its name.
+    Without a preset, digits takes the preset of its name. With `resume` the settings of the run in `out`, if there is
+    one, take the place of presets and defaults.
 
     Raises:
         ValueError: for an unknown preset, or a value that does not fit.
     """
+    path = Path(explicit.get("out", Settings.out)) / "config.json"
+    if resume and path.is_file():
+        began = read_json(path)
+        try:
+            return Settings(**{**began, "eps": tuple(began["eps"]), **explicit})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
     name = explicit.get("preset")
     if name is None and explicit.get("dataset", "digits") == "digits":
         name = "digits"

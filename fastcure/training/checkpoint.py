@@ -1,0 +1,66 @@
+"""The state of an unfinished run as one safetensors file, so that it is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+Parts = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class Progress:
+    """How far a run came: the part of its state that is not tensors. It travels as JSON in the file's header."""
+
+    data: int
+    """Checksum of the images and labels."""
+    phase: str = "pretrain"
+    epoch: int = 0
+    """Epochs of the phase that are behind."""
+    step: int = 0
+    """Steps of the next epoch that are behind."""
+    before: dict[str, Any] | None = None
+    """Accuracies before CURE, once measured."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Spent in each phase."""
+
+
+def pack(progress: Progress, parts: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """Return the file's content; the tensor `name` of `part` is called `part/name` there."""
+    from safetensors.torch import save
+
+    tensors = {
+        f"{part}/{name}": tensor.detach().cpu().contiguous()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+    return save(tensors, {"fastcure": json.dumps(asdict(progress))})
+
+
+def unpack(path: Path) -> tuple[Progress, Parts]:
+    """Read what `pack` made.
+
+    Raises:
+        ValueError: if the file is truncated, or another's.
+    """
+    from safetensors import safe_open
+
+    parts: Parts = {}
+    try:
+        with safe_open(path, "pt") as file:
+            progress = Progress(**json.loads(file.metadata()["fastcure"]))
+            for key in file.keys():  # noqa: SIM118
+                part, _, name = key.partition("/")
+                parts.setdefault(part, {})[name] = file.get_tensor(key).clone()  # not the file's memory
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as the state of a run ({reason}): is it whole? Restore it, or choose another --out"
+        ) from error
+    return progress, parts

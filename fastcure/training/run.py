@@ -1,0 +1,244 @@
+"""A run in progress: its model, its batches, its optimiser, and how far they came."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastcure import CURE
+from fastcure.accuracy import accuracy
+from fastcure.attacks import pgd
+from fastcure.data import Dataset, Loader, default_augmentation
+from fastcure.training.checkpoint import Parts, Progress, pack, unpack
+from fastcure.training.epoch import EpochResult, Normal, epoch_result, train_steps
+from fastcure.training.interrupt import Interrupted, Interruption
+from fastcure.training.ranks import Ranks
+from fastcure.training.run_folder import RunFolder
+from fastcure.training.settings import Settings
+
+FOLLOWED = 128
+"""Test images on which clean and PGD accuracy are followed from epoch to epoch; no decision depends on them."""
+
+SAVE_EVERY = 600.0
+"""Seconds of training after which the state is saved within an epoch. It is at the end of each."""
+
+Metrics = dict[str, Any]
+
+
+class Run:
+    """Trains and evaluates a model, and can be saved after every step and restored.
+
+    Args:
+        settings: of the run.
+        data: on the CPU.
+        model: on the device of `ranks`; it is trained in place.
+        ranks: the processes that share the work.
+        folder: takes the state and the history.
+        interruption: looked at after every step and in every batch of an evaluation.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: Dataset,
+        model: nn.Module,
+        ranks: Ranks,
+        folder: RunFolder,
+        interruption: Interruption,
+    ) -> None:
+        self.settings, self.model, self.ranks = settings, model, ranks
+        self.folder, self.interruption = folder, interruption
+        self.x_test, self.y_test = data.x_test.to(ranks.device), data.y_test.to(ranks.device)
+        self.loader = Loader(
+            data.x_train,
+            data.y_train,
+            settings.batch_size,
+            device=ranks.device,
+            augment=default_augmentation(data.name) if settings.augment else None,
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
+        self.progress = Progress(data=checksum(data))
+        self.optimizer = torch.optim.Adam(model.parameters())
+        self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        self._saved = self._clock = 0.0
+
+    def restore(self) -> None:
+        """Take up the state in the folder.
+
+        Raises:
+            ValueError: if it cannot be read, does not fit the model, or was reached on other data.
+        """
+        path = self.folder.checkpoint
+        progress, parts = unpack(path)
+        if progress.data != self.progress.data:
+            raise ValueError(f"{path} was reached on other images or labels than those of {self.settings.dataset}")
+        try:
+            self.model.load_state_dict(parts["model"])
+            load_optimizer(self.optimizer, parts.get("optimizer", {}))
+            self._generator.set_state(parts["random"]["loader"])
+            torch.set_rng_state(parts["random"]["torch"])
+            rows = parts["sums"]["rows"]
+            self.sums.copy_(rows[self.ranks.rank] if len(rows) == self.ranks.size else rows.sum(0) / self.ranks.size)
+        except (RuntimeError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
+        self.progress = progress
+
+    def begin_fine_tuning(self) -> None:
+        """Start the second phase, with an optimiser of its own."""
+        self.progress.phase, self.progress.epoch, self.progress.step = "cure", 0, 0
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+
+    def train(self, epochs: int) -> None:
+        """Train until the phase has had `epochs` epochs, with a row of history each."""
+        progress, settings = self.progress, self.settings
+        cured = progress.phase == "cure"
+        self._clock = time.perf_counter() - progress.seconds.get(progress.phase, 0.0)
+        if cured:
+            schedules = {name: settings.schedule(name) for name in ("lr", "gamma", "h")}
+            options = {"power": settings.power, "engine": settings.engine, "batch_stats": settings.batch_stats}
+            objective: nn.Module = CURE(self.model, **options)  # type: ignore[arg-type]
+        else:
+            schedules, objective = {"lr": settings.schedule("pretrain_lr")}, Normal(self.model)
+        objective = self.ranks.wrap(objective)
+        self._epoch_began_at = self._generator.get_state()
+        self._save()
+        while progress.epoch < epochs:
+            title = f"{progress.phase} {progress.epoch + 1}/{epochs}"
+            batches = self._batches(title)
+            amp = torch.bfloat16 if settings.amp == "bf16" else None
+            for _ in train_steps(objective, batches, self.optimizer, schedules, self.sums, self.ranks, amp):
+                progress.step += 1
+                self._pause()
+            result = epoch_result(progress.epoch, self.ranks.gather(self.sums).sum(0))
+            self.ranks.copy_from_first(self.model.buffers())  # of batch norms, which saw other images elsewhere
+            self._save()
+            row = {name: schedules[name].at(progress.epoch + 1) if name in schedules else 0.0 for name in ROW}
+            self._end_epoch(row, result, title)
+
+    def evaluate(self, title: str) -> Metrics:
+        """Clean accuracy, and accuracy under PGD-10 at each eps, on the whole test set."""
+        robust = {}
+        for eps in self._bar(self.settings.eps, f"PGD-10 {title}", unit="eps"):
+            robust[f"{eps:.6g}"] = self._accuracy(len(self.y_test), eps)
+        return {"clean": self._accuracy(len(self.y_test)), "pgd": robust}
+
+    @property
+    def _generator(self) -> torch.Generator:
+        assert self.loader.generator is not None
+        return self.loader.generator
+
+    def _batches(self, title: str) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
+        """The batches of the epoch that are left, with the time in epochs of each."""
+        self._epoch_began_at = self._generator.get_state()
+        step, steps = self.progress.step, len(self.loader)
+        left = islice(self.loader, step, None)
+        for index, batch in enumerate(self._bar(left, title, unit="step", initial=step, total=steps), step):
+            yield self.progress.epoch + index / steps, batch
+
+    def _pause(self) -> None:
+        """Between two steps: save if it is time, and stop if a signal came."""
+        due = time.monotonic() - self._saved > SAVE_EVERY
+        request = self.ranks.most(self.interruption.signal or due)  # no signal has number 1 on its way here
+        if request:
+            self._save()
+        if request > 1:
+            raise Interrupted(request)
+
+    def _save(self) -> None:
+        """Save all that the rest of the run depends on."""
+        progress = self.progress
+        progress.seconds[progress.phase] = round(time.perf_counter() - self._clock, 1)
+        rows = self.ranks.gather(self.sums)
+        if self.ranks.first:
+            parts: Parts = {
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_tensors(self.optimizer),
+                "random": {"loader": self._epoch_began_at, "torch": torch.get_rng_state()},
+                "sums": {"rows": rows},
+            }
+            self.folder.write(self.folder.checkpoint.name, pack(progress, parts))
+        self._saved = time.monotonic()
+
+    def _end_epoch(self, row: dict[str, float], result: EpochResult, title: str) -> None:
+        clean, robust = self._accuracy(FOLLOWED), self._accuracy(FOLLOWED, self.settings.eps[-1])
+        progress = self.progress
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        self.sums.zero_()
+        progress.history.append(
+            {
+                "phase": progress.phase,
+                "epoch": progress.epoch,
+                **row,
+                "loss": result.loss,
+                "penalty": result.penalty,
+                "train_accuracy": result.accuracy,
+                "clean": clean,
+                "pgd": robust,
+            }
+        )
+        if self.ranks.first:
+            self.folder.write_csv("history.csv", progress.history)
+            tqdm.write(
+                f"{title:>15}  loss {result.loss:.3f}  "
+                + (f"penalty {result.penalty:.2e}  " if progress.phase == "cure" else "")
+                + f"train {result.accuracy:6.1%}  clean {clean:6.1%}  pgd({self.settings.eps[-1]:.3g}) {robust:6.1%}"
+            )
+
+    def _accuracy(self, count: int, eps: float | None = None) -> float:
+        """Accuracy on the first `count` test images, clean or under PGD-10; each process takes its share."""
+        whole = min(count, len(self.y_test))
+        x, y = self.ranks.share(self.x_test[:whole], self.y_test[:whole])
+        generator = torch.Generator().manual_seed(self.settings.seed)
+
+        def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            self.interruption.check()
+            return x if eps is None else pgd(model, x, y, eps=eps, steps=10, generator=generator)
+
+        right = round(accuracy(self.model, x, y, attack) * len(x)) if len(x) else 0
+        return int(self.ranks.gather(torch.tensor(right)).sum()) / whole
+
+    def _bar(self, work: Any, title: str, **options: Any) -> Any:
+        bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if self.ranks.first else True)
+        return bar(work, title, **options)
+
+
+ROW = ("lr", "gamma", "h")
+"""Columns of the history that hold schedules."""
+
+
+def checksum(data: Dataset) -> int:
+    """Return a number that other images or labels hardly share."""
+    value = 0
+    for part in (data.x_train, data.y_train, data.x_test, data.y_test):
+        value = zlib.crc32(part.contiguous().numpy().data, value)
+    return value
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state of each parameter, by its place and name: `3.exp_avg`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load what `optimizer_tensors` returned; options such as the learning rate stay as they are.
+
+    Raises:
+        ValueError: if it is that of another optimiser.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    wanted = sum(len(group["params"]) for group in optimizer.param_groups)
+    if len(state) not in (0, wanted):  # torch would start the others anew
+        raise ValueError(f"the optimiser's state must be of {wanted} parameters, got {len(state)}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
