@@ -1,4 +1,4 @@
-"""The command line: `fastcure finetune | evaluate`."""
+"""The command line: `fastcure finetune | evaluate | analyze | report | env`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_finetune(commands)
     _add_evaluate(commands)
+    _add_analyze(commands)
+    _add_report(commands)
+    commands.add_parser("env", help="print versions and devices, for a bug report")
     arguments = vars(parser.parse_args(argv))
-    run = {"finetune": _finetune, "evaluate": _evaluate}[arguments.pop("command")]
+    known = {"finetune": _finetune, "evaluate": _evaluate, "analyze": _analyze, "report": _report, "env": _env}
+    run = known[arguments.pop("command")]
     try:
         return run(arguments)
     except FloatingPointError as error:
@@ -74,6 +78,35 @@ def _add_evaluate(commands: Any) -> None:
     _add_flags(parser, EvaluationSettings)
 
 
+def _add_analyze(commands: Any) -> None:
+    from fastcure.evaluation.analyze import AnalysisSettings
+
+    parser = commands.add_parser(
+        "analyze",
+        help="measure the curvature of a network's loss",
+        description="Measure the curvature of a network's loss in its input: of a finetune run, before and after CURE "
+        "(--run), or of any other network (--model, --checkpoint, --dataset).",
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_flags(parser, AnalysisSettings)
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a page with the paper's figures and tables for finished runs",
+        description="Measure the networks of finished finetune runs, and write one self-contained page with the "
+        "figures and tables of the paper's supplement, and each as PNG and CSV beside it.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run.")
+    parser.add_argument("--out", help="Folder of the report, new or empty (RUN/report of the first).")
+    parser.add_argument("--data-dir", help="Folder of the dataset's files, if they have moved.")
+    parser.add_argument("--device", help="'auto' takes a GPU where there is one. (auto)")
+    parser.add_argument("--seed", type=int, help="Of the attacks' starts and the probes. (0)")
+    parser.add_argument("--limit", type=int, help="Use the first N test images only. (2000)")
+
+
 def _add_flags(parser: argparse.ArgumentParser, settings: type[Any], more: Mapping[str, str] = {}) -> None:
     """Add a flag for each field of a dataclass; what is not set is left out, so that defaults are the dataclass's."""
     kinds: dict[str, Any] = {"eps": _numbers, "mean": _numbers, "std": _numbers, "limit": int}
@@ -104,6 +137,31 @@ def _finetune(arguments: dict[str, Any]) -> int:
 
     resume = arguments.pop("resume", False)
     finetune(make_settings(arguments, resume=resume), resume=resume)
+    return 0
+
+
+def _analyze(arguments: dict[str, Any]) -> int:
+    from fastcure.evaluation.analyze import analyze, make_analysis_settings
+
+    analyze(make_analysis_settings(arguments))
+    return 0
+
+
+def _report(arguments: dict[str, Any]) -> int:
+    from fastcure.report.report import report
+
+    report(arguments.pop("runs"), **arguments)
+    return 0
+
+
+def _env(_: dict[str, Any]) -> int:
+    import torch
+
+    from fastcure.training.finetune import environment, pick_device
+
+    for name, value in environment(pick_device("auto")).items():
+        print(f"{name}: {value}")
+    print(f"cuda: {torch.version.cuda}, devices: {torch.cuda.device_count()}")
     return 0
 
 

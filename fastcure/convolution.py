@@ -38,8 +38,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        # As torch's: what is wider than fp32 stays as it is.
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
     return _Convolution.apply(x, weight, bias, geometry, phase)
 
 

@@ -11,14 +11,15 @@ A module is left alone if it is of a subclass, has hooks or parametrisations, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastcure.convolution import Geometry, Phase, convolve
 
@@ -37,25 +38,69 @@ FOLDS: WeakKeyDictionary[nn.Module, list[Fold]] = WeakKeyDictionary()
 """What `fastcure.prepare` found in each model that was given to it."""
 
 
+class UsedElsewhereError(RuntimeError):
+    """Something other than its batch norm took the output of a folded layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(
+            f"the output of {layer} went to its batch norm alone when the model was prepared, and now something else "
+            "takes it: call fastcure.prepare again after a change to the model, and not at all if its path depends on "
+            "its input"
+        )
+        self.layer = layer
+
+
+class Output(Tensor):
+    """What a folded layer returns: `value` is its batch norm's output, and only that batch norm takes it out.
+
+    An identity of tensors would not do: changed in place, detached or kept for later, the output of a layer is used in
+    ways that neither its name nor the graph shows. It has no storage, so operators that pass Python by fail as well.
+
+    Raises:
+        UsedElsewhereError: whatever is done with it.
+    """
+
+    fold: Fold
+    value: Tensor
+
+    @classmethod
+    def of(cls, fold: Fold, value: Tensor) -> Output:
+        """Wrap `value`, the output of `fold.norm`."""
+        out = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
+        out.fold, out.value = fold, value
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        raise UsedElsewhereError(next(leaf.fold.layer for leaf in leaves if isinstance(leaf, Output)))
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+
 @contextmanager
-def cheaper_layers(model: nn.Module) -> Iterator[None]:
+def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None) -> Iterator[list[ref[Output]]]:
     """Compute the layers of `model`, which is in evaluation mode, as this file says.
 
     Gradients taken within are those of the input; gradients of the parameters are for after.
 
+    Args:
+        model: the network.
+        folds: pairs to compute as one; those of `folds_of(model)` if None.
+
+    Yields:
+        The outputs of folded layers as they come.
+
     Raises:
-        RuntimeError: if a prepared model does not run its layers as it did when it was prepared.
+        UsedElsewhereError: within, if a folded layer's output goes anywhere but to its batch norm.
     """
-    folds = {fold.layer: fold.norm for fold in FOLDS.get(model, ()) if plain(fold.layer) and plain(fold.norm)}
-    folded = set(folds.values())
+    folded = {fold.layer: fold for fold in (folds_of(model) if folds is None else folds)}
+    outputs: list[ref[Output]] = []
     phase = Phase()
-    pending: dict[nn.Module, Tensor] = {}
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
-        if module in folds:
-            forwards[module] = _folded(module, folds[module], phase, pending)
-        elif module in folded:
-            forwards[module] = _passed_on(module, pending)
+        if module in folded:
+            forwards[module] = _folded(folded[module], phase, outputs)
         elif type(module) in CONVOLUTIONS and plain(module):
             forwards[module] = _convolution(module, phase)
         elif type(module) in NORMS and has_statistics(module) and plain(module):
@@ -64,19 +109,23 @@ def cheaper_layers(model: nn.Module) -> Iterator[None]:
         for module, forward in forwards.items():
             module.forward = forward
         phase.input_gradient = True
-        yield
-        if pending:
-            raise _ran_differently()
+        yield outputs
     finally:
         phase.input_gradient = False
         for module in forwards:
             vars(module).pop("forward", None)
 
 
+def folds_of(model: nn.Module) -> list[Fold]:
+    """Return the pairs that `fastcure.prepare` found in `model` and that are still there and plain."""
+    modules = set(model.modules())
+    return [fold for fold in FOLDS.get(model, ()) if modules.issuperset(fold) and all(map(plain, fold))]
+
+
 def plain(module: nn.Module) -> bool:
     """Tell whether a module does what its class says, and nobody listens."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks)
+    return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
 
 
 def has_statistics(norm: nn.Module) -> bool:
@@ -103,45 +152,44 @@ def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, phase: Ph
     return convolve(x, weight, bias, Geometry([*layer.stride], [*padding], [*layer.dilation], layer.groups), phase)
 
 
+# The argument of a layer's `forward` is called `input`: a model may give it by that name.
+
+
 def _convolution(layer: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
-    return lambda x: _apply(layer, x, layer.weight, layer.bias, phase)
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        return _apply(layer, input, layer.weight, layer.bias, phase)
+
+    return forward
 
 
 def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     original = type(norm).forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        if isinstance(input, Output) and input.fold.norm is norm and not norm.training:
+            return input.value
         s, t = channel_map(norm)
-        if x.dtype != s.dtype:  # autocast: the library's batch norm computes in the wider type
-            return original(norm, x)
-        shape = (-1, *[1] * (x.dim() - 2))
-        return torch.addcmul(t.reshape(shape), x, s.reshape(shape))
+        # Under autocast the library's batch norm computes in the wider type; and a model may set flags as it runs.
+        if input.dtype != s.dtype or norm.training:
+            return original(norm, input)
+        shape = (-1, *[1] * (input.dim() - 2))
+        return torch.addcmul(t.reshape(shape), input, s.reshape(shape))
 
     return forward
 
 
-def _folded(layer: Any, norm: nn.Module, phase: Phase, pending: dict[nn.Module, Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        s, t = channel_map(norm)
+def _folded(fold: Fold, phase: Phase, outputs: list[ref[Output]]) -> Callable[[Tensor], Tensor]:
+    layer: Any = fold.layer
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        if fold.norm.training or input.dim() != layer.weight.dim():
+            return _apply(layer, input, layer.weight, layer.bias, phase)
+        s, t = channel_map(fold.norm)
         weight = layer.weight * s.reshape(-1, *[1] * (layer.weight.dim() - 1))
-        out = _apply(layer, x, weight, t if layer.bias is None else t + s * layer.bias, phase)
-        pending[norm] = out
+        bias = t if layer.bias is None else t + s * layer.bias
+        dtype = layer.weight.dtype  # that of the norm may be wider
+        out = Output.of(fold, _apply(layer, input, weight.to(dtype), bias.to(dtype), phase))
+        outputs.append(ref(out))
         return out
 
     return forward
-
-
-def _passed_on(norm: nn.Module, pending: dict[nn.Module, Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if pending.pop(norm, None) is not x:
-            raise _ran_differently()
-        return x
-
-    return forward
-
-
-def _ran_differently() -> RuntimeError:
-    return RuntimeError(
-        "the model does not run its layers as it did when it was prepared, so its folded batch norms would be wrong: "
-        "do not call fastcure.prepare on a model whose path depends on its input"
-    )

@@ -8,34 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from fastcure.models import MODELS
-from fastcure.training.settings import _setting
+from fastcure.training.settings import setting
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is evaluated, and how."""
 
-    run: str | None = _setting(None, "Folder of a finetune run: its model, dataset and radii are the defaults below.")
-    model: str | None = _setting(None, "As in `fastcure.models.build`, or package.module:function to call.")
-    checkpoint: str | None = _setting(None, "Weights, .safetensors or .pt; the run's after CURE.")
-    mean: tuple[float, ...] | None = _setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
-    std: tuple[float, ...] | None = _setting(None, "Likewise.")
-    dataset: str | None = _setting(None, "As in `fastcure.data.load`.")
-    data_dir: str = _setting("data", "Folder of the dataset's files.")
-    eps: tuple[float, ...] = _setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
-    steps: int = _setting(10, "Of PGD.")
-    restarts: int = _setting(1, "Random starts of PGD; the best of each image counts.")
-    spsa: bool = _setting(False, "Also attack without gradients.")
-    autoattack: bool = _setting(False, "Also run AutoAttack, the field's standard (slow).")
-    checklist: bool = _setting(False, "Also look for gradient masking, at the last radius.")
-    twin: str | None = _setting(
+    run: str | None = setting(None, "Folder of a finetune run: its model, dataset and radii are the defaults below.")
+    model: str | None = setting(None, "As in `fastcure.models.build`, or package.module:function to call.")
+    checkpoint: str | None = setting(None, "Weights, .safetensors or .pt; the run's after CURE.")
+    mean: tuple[float, ...] | None = setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
+    std: tuple[float, ...] | None = setting(None, "Likewise.")
+    dataset: str | None = setting(None, "As in `fastcure.data.load`.")
+    data_dir: str = setting("data", "Folder of the dataset's files.")
+    eps: tuple[float, ...] = setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
+    steps: int = setting(10, "Of PGD.")
+    restarts: int = setting(1, "Random starts of PGD; the best of each image counts.")
+    spsa: bool = setting(False, "Also attack without gradients.")
+    autoattack: bool = setting(False, "Also run AutoAttack, the field's standard (slow).")
+    checklist: bool = setting(False, "Also look for gradient masking, at the last radius.")
+    twin: str | None = setting(
         None, "For the checklist: weights of the same model, trained normally; the run's before CURE."
     )
-    limit: int | None = _setting(None, "Use the first N test images only.")
-    batch_size: int = _setting(256, "Images at a time.")
-    device: str = _setting("auto", "'auto' takes a GPU where there is one.")
-    seed: int = _setting(0, "Of the attacks' random starts.")
-    out: str | None = _setting(None, "File for the results as JSON; must not exist.")
+    limit: int | None = setting(None, "Use the first N test images only.")
+    batch_size: int = setting(256, "Images at a time.")
+    device: str = setting("auto", "'auto' takes a GPU where there is one.")
+    seed: int = setting(0, "Of the attacks' random starts.")
+    out: str | None = setting(None, "File for the results as JSON; must not exist.")
 
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
@@ -65,10 +65,11 @@ def make_evaluation_settings(explicit: dict[str, Any]) -> EvaluationSettings:
         FileNotFoundError: if the run's folder is not there, or lacks its settings.
         ValueError: if these cannot be read, or a value does not fit.
     """
-    return EvaluationSettings(**{**(_run_defaults(Path(explicit["run"])) if "run" in explicit else {}), **explicit})
+    return EvaluationSettings(**{**(run_defaults(Path(explicit["run"])) if "run" in explicit else {}), **explicit})
 
 
-def _run_defaults(run: Path) -> dict[str, Any]:
+def run_defaults(run: Path) -> dict[str, Any]:
+    """Return what a finetune run says of its model, data and radii; errors as in `make_evaluation_settings`."""
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"run {run} must be the folder of a finetune run, but {path} does not exist")

@@ -27,6 +27,7 @@ class Progress:
     before: dict[str, Any] | None = None
     """Accuracies before CURE, once measured."""
     history: list[dict[str, Any]] = field(default_factory=list)
+    track: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Spent in each phase."""
 

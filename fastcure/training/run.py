@@ -23,6 +23,7 @@ from fastcure.training.interrupt import Interrupted, Interruption
 from fastcure.training.ranks import Ranks
 from fastcure.training.run_folder import RunFolder
 from fastcure.training.settings import Settings
+from fastcure.training.track import track_row
 
 FOLLOWED = 128
 """Test images on which clean and PGD accuracy are followed from epoch to epoch; no decision depends on them."""
@@ -110,6 +111,8 @@ class Run:
         objective = self.ranks.wrap(objective)
         self._epoch_began_at = self._generator.get_state()
         self._save()
+        if cured and not progress.epoch:
+            progress.track = self._tracked()
         while progress.epoch < epochs:
             title = f"{progress.phase} {progress.epoch + 1}/{epochs}"
             batches = self._batches(title)
@@ -184,6 +187,7 @@ class Run:
                 "pgd": robust,
             }
         )
+        progress.track = self._tracked()
         if self.ranks.first:
             self.folder.write_csv("history.csv", progress.history)
             tqdm.write(
@@ -191,6 +195,16 @@ class Run:
                 + (f"penalty {result.penalty:.2e}  " if progress.phase == "cure" else "")
                 + f"train {result.accuracy:6.1%}  clean {clean:6.1%}  pgd({self.settings.eps[-1]:.3g}) {robust:6.1%}"
             )
+
+    def _tracked(self) -> list[dict[str, Any]]:
+        """The track up to here, with a row for the present state if it is asked for."""
+        progress, settings = self.progress, self.settings
+        if not (settings.track and progress.phase == "cure"):
+            return progress.track
+        rows = [*progress.track, track_row(self.model, self.x_test, self.y_test, progress.epoch, settings.seed)]
+        if self.ranks.first:
+            self.folder.write_csv("track.csv", rows)
+        return rows
 
     def _accuracy(self, count: int, eps: float | None = None) -> float:
         """Accuracy on the first `count` test images, clean or under PGD-10; each process takes its share."""

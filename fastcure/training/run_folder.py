@@ -22,7 +22,7 @@ class RunFolder:
 
     `config.json` the settings; `environment.json` versions, device and seconds; `history.csv` a row an epoch;
     `metrics.json` accuracies before and after; `original.safetensors` and `model.safetensors` the weights before and
-    after CURE; `curves.png`. While the run lasts, `checkpoint.safetensors` is its state.
+    after CURE; `curves.png`; with `--track`, `track.csv`. While the run lasts, `checkpoint.safetensors` is its state.
 
     Args:
         path: a folder that does not exist, or is empty.

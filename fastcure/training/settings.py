@@ -13,7 +13,8 @@ from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule
 
 
-def _setting(default: Any, meaning: str) -> Any:
+def setting(default: Any, meaning: str) -> Any:
+    """Return a dataclass field whose meaning the command line shows."""
     return field(default=default, metadata={"help": meaning})
 
 
@@ -21,33 +22,34 @@ def _setting(default: Any, meaning: str) -> Any:
 class Settings:
     """All that determines a run. Numbers that may change during it are schedules, see `parse_schedule`."""
 
-    dataset: str = _setting("digits", "As in `fastcure.data.load`.")
-    data_dir: str = _setting("data", "Folder of the dataset's files.")
-    model: str = _setting("resnet8", "As in `fastcure.models.build`.")
-    checkpoint: str | None = _setting(
+    dataset: str = setting("digits", "As in `fastcure.data.load`.")
+    data_dir: str = setting("data", "Folder of the dataset's files.")
+    model: str = setting("resnet8", "As in `fastcure.models.build`.")
+    checkpoint: str | None = setting(
         None, "Weights to start from, .safetensors or .pt; without them the model is first trained normally."
     )
-    preset: str | None = _setting(None, "Name of the defaults that were used, of `PRESETS`.")
-    pretrain_epochs: int = _setting(20, "Epochs of normal training.")
-    pretrain_lr: str = _setting("1e-3:1e-5", "Learning rate of normal training.")
-    epochs: int = _setting(20, "Epochs of fine-tuning with CURE.")
-    batch_size: int = _setting(128, "Images a step.")
-    lr: str = _setting("1e-3:1e-5", "Learning rate (Adam).")
-    gamma: str = _setting("4x50%,8x25%,12x25%", "Weight of the penalty.")
-    h: str = _setting("1.25", "L2 length of the finite step, in pixels in [0, 1].")
-    power: int = _setting(2, "2: squared norm; 1: norm.")
-    batch_stats: BatchStats = _setting("frozen", "'frozen' or 'split', as in `fastcure.curvature`.")
-    engine: str = _setting("auto", "As in `fastcure.curvature`.")
-    augment: bool = _setting(True, "The dataset's usual augmentation, in normal training and in fine-tuning.")
-    eps: tuple[float, ...] = _setting(
+    preset: str | None = setting(None, "Name of the defaults that were used, of `PRESETS`.")
+    pretrain_epochs: int = setting(20, "Epochs of normal training.")
+    pretrain_lr: str = setting("1e-3:1e-5", "Learning rate of normal training.")
+    epochs: int = setting(20, "Epochs of fine-tuning with CURE.")
+    batch_size: int = setting(128, "Images a step.")
+    lr: str = setting("1e-3:1e-5", "Learning rate (Adam).")
+    gamma: str = setting("4x50%,8x25%,12x25%", "Weight of the penalty.")
+    h: str = setting("1.25", "L2 length of the finite step, in pixels in [0, 1].")
+    power: int = setting(2, "2: squared norm; 1: norm.")
+    batch_stats: BatchStats = setting("frozen", "'frozen' or 'split', as in `fastcure.curvature`.")
+    engine: str = setting("auto", "As in `fastcure.curvature`.")
+    augment: bool = setting(True, "The dataset's usual augmentation, in normal training and in fine-tuning.")
+    eps: tuple[float, ...] = setting(
         (2 / 255, 4 / 255, 8 / 255, 12 / 255),
         "Radii of the L-infinity PGD-10 evaluation, in pixels in [0, 1]; the run is followed at the last one.",
     )
-    device: str = _setting("auto", "'auto' takes a GPU where there is one.")
-    amp: str = _setting("none", "'none' or 'bf16': the dtype of autocast.")
-    seed: int = _setting(0, "Of the weights, the batches' order, the augmentation and the attacks' starts.")
-    limit: int | None = _setting(None, "Use the first N training and the first N test images only.")
-    out: str = _setting("runs/finetune", "Folder of the run's results; must not exist, or be empty.")
+    track: bool = setting(False, "Also follow curvature and PGD-10 at eps 8/255 through CURE (track.csv); slow.")
+    device: str = setting("auto", "'auto' takes a GPU where there is one.")
+    amp: str = setting("none", "'none' or 'bf16': the dtype of autocast.")
+    seed: int = setting(0, "Of the weights, the batches' order, the augmentation and the attacks' starts.")
+    limit: int | None = setting(None, "Use the first N training and the first N test images only.")
+    out: str = setting("runs/finetune", "Folder of the run's results; must not exist, or be empty.")
 
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""

@@ -1,7 +1,6 @@
 """The convolution's rules against torch's own, to the third order, and what the double backward really runs."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -39,7 +38,7 @@ SHAPES = {
     "2d-pointwise": Shape((2, 3, 3, 5), (4, 3, 1, 1), Geometry([2, 2], [0, 0], [1, 1], 1), bias=False),
     "2d-one-image": Shape((1, 3, 5, 3), (2, 3, 3, 3), Geometry([1, 1], [1, 1], [1, 1], 1)),
     "2d-one-channel": Shape((3, 1, 4, 4), (1, 1, 2, 4), Geometry([1, 2], [0, 0], [1, 1], 1)),
-    "2d-much-padding": Shape((2, 2, 3, 3), (2, 2, 2, 2), Geometry([2, 2], [3, 2], [1, 1], 2)),
+    "2d-much-padding": Shape((2, 4, 3, 3), (2, 2, 2, 2), Geometry([2, 2], [3, 2], [1, 1], 2)),
     "3d": Shape((2, 2, 4, 3, 4), (2, 2, 2, 3, 2), Geometry([1, 1, 1], [1, 1, 0], [1, 1, 1], 1)),
     "3d-strided-grouped": Shape((1, 4, 5, 4, 3), (4, 2, 3, 2, 1), Geometry([2, 1, 1], [1, 0, 0], [1, 2, 1], 2)),
 }
@@ -82,7 +81,7 @@ def derivatives(run: Callable[..., Tensor], inputs: Sequence[Tensor], orders: in
 def test_equals_torch_to_the_third_derivative(name: str) -> None:
     shape = SHAPES[name]
     inputs = tensors(shape)
-    results = (derivatives(make_run(shape.geometry), inputs, 3) for make_run in (ours, torchs))
+    results = (derivatives(rule(shape.geometry), inputs, 3) for rule in (ours, torchs))
     for value, truth in zip(*results, strict=True):
         assert value.shape == truth.shape
         assert relative(value, truth) < 1e-12
@@ -122,15 +121,15 @@ def test_gradients_of_those_alone_that_are_asked_for(wanted: tuple[int, ...]) ->
     asked = [inputs[i] for i in wanted]
     for create_graph in (False, True):
         values, truths = (
-            torch.autograd.grad(run(shape.geometry)(*inputs).sin().sum(), asked, create_graph=create_graph)
-            for run in (ours, torchs)
+            torch.autograd.grad(rule(shape.geometry)(*inputs).sin().sum(), asked, create_graph=create_graph)
+            for rule in (ours, torchs)
         )
         assert relative(values, truths) < 1e-12
 
 
 def test_no_image_at_all() -> None:
     x, w, b = tensors(SHAPES["2d"])
-    results = [derivatives(run(SHAPES["2d"].geometry), (x[:0], w, b), 2) for run in (ours, torchs)]
+    results = [derivatives(rule(SHAPES["2d"].geometry), (x[:0], w, b), 2) for rule in (ours, torchs)]
     for value, truth in zip(*results, strict=True):
         torch.testing.assert_close(value, truth)
 
@@ -162,25 +161,23 @@ def flops(run: Callable[[], object]) -> int:
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_in_the_input_phase_no_gradient_of_a_weight_is_computed(create_graph: bool) -> None:
     shape, phase = SHAPES["2d-dilated"], Phase()
-    x, w, b = tensors(shape)
-    out = ours(shape.geometry, phase)(x, w, b)
-    forward = flops(lambda: ours(shape.geometry)(x, w, b))
+    inputs = tensors(shape)
+    forward = flops(lambda: ours(shape.geometry)(*inputs))
 
-    def backward() -> None:
-        out.sum().backward(retain_graph=True, create_graph=create_graph)
+    def gradients(out: Tensor) -> tuple[Tensor | None, ...]:
+        options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+        return torch.autograd.grad(out.sin().sum(), inputs, **options)
 
+    truths = gradients(torchs(shape.geometry)(*inputs))
+    out = ours(shape.geometry, phase)(*inputs)
     phase.input_gradient = True
-    assert flops(backward) == forward
-    assert w.grad is None
-    assert b.grad is None
+    values = gradients(out)
+    assert values[1:] == (None, None)
+    assert relative(values[0], truths[0]) < 1e-12
+    assert flops(lambda: gradients(out)) == forward
     phase.input_gradient = False
-    (truth,) = torch.autograd.grad(torchs(shape.geometry)(x, w, b).sum(), w)
-    (value,) = torch.autograd.grad(out.sum(), w, retain_graph=True)
-    torch.testing.assert_close(value, truth)
-    x.grad = None
-    assert flops(backward) == 2 * forward
-    torch.testing.assert_close(w.grad, truth)
-    torch.testing.assert_close(b.grad, torch.full_like(b, out[:, 0].numel()))
+    assert relative(gradients(out), truths) < 1e-12
+    assert flops(lambda: gradients(out)) == 2 * forward
 
 
 @every_shape
@@ -233,32 +230,22 @@ def test_the_double_backward_has_no_kernel_of_the_images_size() -> None:
     assert kernels.sizes == {(3, 3)}
 
 
-@every_shape
+# torch counts the weight gradient of a grouped convolution as that of a dense one.
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.geometry.groups == 1])
 def test_the_double_backward_has_no_more_operations_than_torchs(name: str) -> None:
-    shape = SHAPES[name]
+    shape, phase = SHAPES[name], Phase()
     inputs = tensors(shape)
 
-    def spent(convolution: Callable[..., Tensor]) -> list[int]:
-        counts = [0]
-        with FlopCounter() as counter:
-            out = convolution(*inputs)
-            counts.append(counter.total)
-            (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
-            counts.append(counter.total)
-            torch.autograd.grad(g.square().sum(), inputs[:2])
-            counts.append(counter.total)
-        return [after - before for before, after in pairwise(counts)]
+    def spent(convolution: Callable[..., Tensor]) -> int:
+        phase.input_gradient = True
+        out = convolution(*inputs)
+        (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
+        phase.input_gradient = False
+        return flops(lambda: torch.autograd.grad(g.square().sum(), inputs[:2]))
 
-    phase = Phase()
-    phase.input_gradient = True
-    mine, theirs = spent(ours(shape.geometry, phase)), spent(torchs(shape.geometry))
-    assert all(a <= b for a, b in zip(mine[:2], theirs[:2], strict=True))
-    phase.input_gradient = False
-    out = ours(shape.geometry, phase)(*inputs)
-    (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
-    double = flops(lambda: torch.autograd.grad(g.square().sum(), inputs[:2]))
-    assert double <= theirs[2]
-    assert double <= 4 * mine[0]
+    double = spent(ours(shape.geometry, phase))
+    assert double <= spent(torchs(shape.geometry))
+    assert double == 4 * flops(lambda: ours(shape.geometry)(*inputs))
 
 
 # Under autocast, as torch's
@@ -270,9 +257,9 @@ def test_dtypes_under_autocast_are_those_of_torch(dtype: torch.dtype, enabled: b
     shape = SHAPES["2d"]
     inputs = tensors(shape, dtype)
     results = []
-    for run in (ours(shape.geometry), torchs(shape.geometry)):
+    for rule in (ours, torchs):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = run(*inputs)
+            out = rule(shape.geometry)(*inputs)
             (g,) = torch.autograd.grad(out.float().square().sum(), inputs[0], create_graph=True)
             results.append([out, g, *torch.autograd.grad(g.double().square().sum(), inputs)])
     for value, truth in zip(*results, strict=True):

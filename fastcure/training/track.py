@@ -1,0 +1,39 @@
+"""Curvature and robustness on a fixed set of images, epoch by epoch (figure 3 of the CURE paper's supplement)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.accuracy import accuracy
+from fastcure.analysis import curvature_along_gradient, frobenius_norm
+from fastcure.attacks import pgd
+
+IMAGES, PROBES, EPS = 1000, 20, 8 / 255
+
+
+def track_row(model: nn.Module, x: Tensor, y: Tensor, epoch: int, seed: int) -> dict[str, Any]:
+    """Measure mean ||H||_F, mean ||H z|| and accuracy under PGD-10 at eps = 8/255.
+
+    No random number but its own is drawn and nothing of the model changes, so that training goes on as without it.
+
+    Args:
+        model: the network.
+        x: uint8 `(N, C, H, W)`, of which the first 1,000 are used.
+        y: labels.
+        epoch: epochs of CURE behind.
+        seed: of the probes and the attack.
+    """
+    x, y = x[:IMAGES], y[:IMAGES]
+    images, generator = x.float() / 255, torch.Generator().manual_seed(seed)
+    attack = partial(pgd, eps=EPS, steps=10, generator=torch.Generator().manual_seed(seed))
+    return {
+        "epoch": epoch,
+        "frobenius": float(frobenius_norm(model, images, y, probes=PROBES, generator=generator).value.mean()),
+        "along_z": float(curvature_along_gradient(model, images, y).value.mean()),
+        "clean": accuracy(model, x, y),
+        "pgd": accuracy(model, x, y, attack),
+    }
