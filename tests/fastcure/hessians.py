@@ -9,6 +9,7 @@ import torch
 from networks import Case
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -23,7 +24,8 @@ def hessians(case: Case, loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_ent
     def hessian(x: Tensor, y: Tensor) -> Tensor:
         return torch.func.hessian(lambda point: loss_fn(model(point[None]), y[None])[0])(x.double()).reshape(N, N)
 
-    with warnings.catch_warnings():  # of torch's own, in make_dual
+    # The fast kernels of attention have no second derivative; the warning is of torch's own, in make_dual.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
         return torch.stack([hessian(x, y) for x, y in zip(case.x, case.y, strict=True)]).detach()
 
