@@ -116,11 +116,12 @@ def _add_flags(parser: argparse.ArgumentParser, settings: type[Any], more: Mappi
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=words)
             continue
-        kind = kinds.get(name, int if isinstance(default, int) else str)
+        kind = kinds.get(name, type(default) if isinstance(default, int | float) else str)
         shown = ",".join(f"{v:.3g}" for v in default) if isinstance(default, tuple) else default
         if shown is not None:
             words += f" ({shown})"
-        parser.add_argument(flag, type=kind, metavar=name.upper(), help=words.replace("%", "%%"))
+        alone: dict[str, Any] = {"nargs": "?", "const": 1000} if name == "track" else {}
+        parser.add_argument(flag, type=kind, metavar=name.upper(), help=words.replace("%", "%%"), **alone)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

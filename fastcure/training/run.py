@@ -202,7 +202,8 @@ class Run:
         progress, settings = self.progress, self.settings
         if not (settings.track and progress.phase == "cure"):
             return progress.track
-        rows = [*progress.track, track_row(self.model, self.x_test, self.y_test, progress.epoch, settings.seed)]
+        x, y = self.x_test[: settings.track], self.y_test[: settings.track]
+        rows = [*progress.track, track_row(self.model, x, y, progress.epoch, settings.seed)]
         if self.ranks.first:
             self.folder.write_csv("track.csv", rows)
         return rows

@@ -44,7 +44,7 @@ class Settings:
         (2 / 255, 4 / 255, 8 / 255, 12 / 255),
         "Radii of the L-infinity PGD-10 evaluation, in pixels in [0, 1]; the run is followed at the last one.",
     )
-    track: bool = setting(False, "Also follow curvature and PGD-10 at eps 8/255 through CURE (track.csv); slow.")
+    track: int = setting(0, "Follow curvature and PGD-10 at eps 8/255 on so many test images (track.csv).")
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
     amp: str = setting("none", "'none' or 'bf16': the dtype of autocast.")
     seed: int = setting(0, "Of the weights, the batches' order, the augmentation and the attacks' starts.")
@@ -63,7 +63,7 @@ class Settings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
-        least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "limit": 1, "seed": 0}
+        least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "limit": 1, "seed": 0, "track": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -93,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma": "0:0.4x30%,0.4",
         "h": "1.25",
         "augment": False,
+        "track": 100,
         "eps": (0.025, 0.05, 0.075, 0.1),
     },
     # The paper's supplement; it fine-tunes a network that was trained normally.

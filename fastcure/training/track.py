@@ -12,7 +12,7 @@ from fastcure.accuracy import accuracy
 from fastcure.analysis import curvature_along_gradient, frobenius_norm
 from fastcure.attacks import pgd
 
-IMAGES, PROBES, EPS = 1000, 20, 8 / 255
+PROBES, EPS = 20, 8 / 255
 
 
 def track_row(model: nn.Module, x: Tensor, y: Tensor, epoch: int, seed: int) -> dict[str, Any]:
@@ -22,12 +22,11 @@ def track_row(model: nn.Module, x: Tensor, y: Tensor, epoch: int, seed: int) -> 
 
     Args:
         model: the network.
-        x: uint8 `(N, C, H, W)`, of which the first 1,000 are used.
+        x: uint8 `(N, C, H, W)`.
         y: labels.
         epoch: epochs of CURE behind.
         seed: of the probes and the attack.
     """
-    x, y = x[:IMAGES], y[:IMAGES]
     images, generator = x.float() / 255, torch.Generator().manual_seed(seed)
     attack = partial(pgd, eps=EPS, steps=10, generator=torch.Generator().manual_seed(seed))
     return {

@@ -38,6 +38,7 @@ def test_tracking_does_not_disturb_training(runs: Path) -> None:
     with (runs / "tracked" / "track.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert json.loads((runs / "tracked" / "config.json").read_text())["track"] == 1000
     assert all(float(row["frobenius"]) > 0 and 0 <= float(row["pgd"]) <= 1 for row in rows)
     assert not (runs / "plain" / "track.csv").exists()
 
@@ -91,7 +92,18 @@ def test_the_report_of_two_runs(runs: Path) -> None:
 
 
 def test_an_analysis(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--run", str(runs / "plain"), "--limit", "8", "--probes", "5", "--out", str(tmp_path / "analysis.json")]
+    flags = [
+        "--run",
+        str(runs / "plain"),
+        "--limit",
+        "8",
+        "--probes",
+        "5",
+        "--h",
+        "0.5",
+        "--out",
+        str(tmp_path / "analysis.json"),
+    ]
     assert main(["analyze", *flags]) == 0
     networks = json.loads((tmp_path / "analysis.json").read_text())["networks"]
     assert list(networks) == ["before CURE", "after CURE"]
