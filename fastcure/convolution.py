@@ -8,6 +8,8 @@ not made for. Here it is the weight gradient that it is; the arithmetic is the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,16 @@ class Phase:
     """What a backward pass is for; shared by the convolutions of one evaluation of the penalty."""
 
     input_gradient: bool = False
-    """While True, gradients of weights are not computed: nobody asks for them when g(x) is built."""
+    """While True, gradients of weights are not computed."""
+
+    @contextmanager
+    def of_inputs(self) -> Iterator[None]:
+        """Take gradients with respect to the input alone, as for g(x): autograd does not tell an operator so."""
+        self.input_gradient = True
+        try:
+            yield
+        finally:
+            self.input_gradient = False
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:

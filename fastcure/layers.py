@@ -79,13 +79,14 @@ class Output(Tensor):
 
 
 @contextmanager
-def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None) -> Iterator[list[ref[Output]]]:
+def cheaper_layers(
+    model: nn.Module, folds: Iterable[Fold] | None = None, phase: Phase | None = None
+) -> Iterator[list[ref[Output]]]:
     """Compute the layers of `model`, which is in evaluation mode, as this file says.
-
-    Gradients taken within are those of the input; gradients of the parameters are for after.
 
     Args:
         model: the network.
+        phase: tells its convolutions which gradients are wanted, now and later.
         folds: pairs to compute as one; those of `folds_of(model)` if None.
 
     Yields:
@@ -96,7 +97,7 @@ def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None) -> Ite
     """
     folded = {fold.layer: fold for fold in (folds_of(model) if folds is None else folds)}
     outputs: list[ref[Output]] = []
-    phase = Phase()
+    phase = phase or Phase()
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
         if module in folded:
@@ -108,10 +109,8 @@ def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None) -> Ite
     try:
         for module, forward in forwards.items():
             module.forward = forward
-        phase.input_gradient = True
         yield outputs
     finally:
-        phase.input_gradient = False
         for module in forwards:
             vars(module).pop("forward", None)
 

@@ -7,6 +7,7 @@ from fastcure_kernels import difference_sqnorm, direction_step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastcure.convolution import Phase
 from fastcure.engines.graph import GraphEngine, evaluation
 from fastcure.engines.protocol import Evaluation
 from fastcure.layers import cheaper_layers
@@ -28,14 +29,17 @@ class Eager(GraphEngine):
         differentiable: bool,
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
+        phase = Phase()
         # The fast kernels of attention have no double backward.
-        with cheaper_layers(objective.model), sdpa_kernel(SDPBackend.MATH):
+        with cheaper_layers(objective.model, phase=phase), sdpa_kernel(SDPBackend.MATH):
             point = x.detach().requires_grad_()
             logits, loss = objective(point, y)
-            (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
+            with phase.of_inputs():
+                (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
             step = second_point(x.detach(), g.detach(), h, direction).requires_grad_()
             _, loss_step = objective(step, y)
-            (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
+            with phase.of_inputs():
+                (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
 
         penalty = difference_sqnorm(g_step, g)
         if power == 1:

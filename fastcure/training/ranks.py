@@ -48,24 +48,25 @@ class Ranks(NamedTuple):
 
     def most(self, value: int) -> int:
         """Return the largest value of any process."""
-        return int(self.gather(torch.tensor(value)).max())
+        return int(self.gather(torch.tensor(value, dtype=torch.int64)).max())
 
     def agree(self, **values: Any) -> None:
         """Wait for the others.
 
         Raises:
-            ValueError: if their values are not those of the first, naming one.
+            ValueError: in all of them, if the values of one are not those of the first.
         """
         if self.size == 1:
             return
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, values)
-        for name, value in values.items():
-            if value != every[0][name]:
-                raise ValueError(
-                    f"every process must see the same run, but {name} is {every[0][name]!r} in process 0 and {value!r} "
-                    f"in process {self.rank}: on several hosts, --out must be a folder that they share"
-                )
+        for rank, others in enumerate(every):
+            for name, value in others.items():
+                if value != every[0][name]:
+                    raise ValueError(
+                        f"every process must see the same run, but {name} is {every[0][name]!r} in process 0 and "
+                        f"{value!r} in process {rank}: on several hosts, --out must be a folder that they share"
+                    )
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with those of the first process."""

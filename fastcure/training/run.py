@@ -149,8 +149,8 @@ class Run:
 
     def _pause(self) -> None:
         """Between two steps: save if it is time, and stop if a signal came."""
-        due = time.monotonic() - self._saved > SAVE_EVERY
-        request = self.ranks.most(self.interruption.signal or due)  # no signal has number 1 on its way here
+        due = int(time.monotonic() - self._saved > SAVE_EVERY)
+        request = self.ranks.most(self.interruption.signal or due)  # 1 is neither SIGINT nor SIGTERM
         if request:
             self._save()
         if request > 1:
