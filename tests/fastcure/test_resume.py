@@ -1,0 +1,221 @@
+"""A run that goes on is the run that was not stopped; what is not a run is left alone."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import check_equal, contents, finetune, write_npz
+from safetensors.torch import save_file
+
+import fastcure.training.run as run_module
+from fastcure.cli import main
+from fastcure.training.run import Run
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_npz(tmp_path_factory.mktemp("npz") / "bright.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert finetune(npz, out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in fine-tuning."""
+    out = tmp_path_factory.mktemp("runs") / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 8)
+        with pytest.raises(Killed):
+            finetune(npz, out)
+    return out
+
+
+@pytest.fixture
+def half(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be resumed or damaged."""
+    return shutil.copytree(killed, tmp_path / "half")
+
+
+def kill_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Save after every step, and die in the one after `steps` of them, before it is saved."""
+    pause, taken = Run._pause, []
+
+    def killing(run: Run) -> None:
+        taken.append(1)
+        if len(taken) > steps:
+            raise Killed
+        pause(run)
+
+    patch.setattr(run_module, "SAVE_EVERY", -1.0)
+    patch.setattr(Run, "_pause", killing)
+
+
+@pytest.mark.parametrize("flags", [[], ["--batch-stats", "split"]], ids=["frozen", "split"])
+def test_killed_after_any_step_it_ends_the_same(
+    npz: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    if flags:
+        whole = tmp_path / "whole"
+        assert finetune(npz, whole, *flags) == 0
+    random.seed(0)
+    out, kills = tmp_path / "out", 0
+    while True:
+        with monkeypatch.context() as patch:
+            kill_after(patch, random.randint(1, 3))
+            try:
+                status = finetune(npz, out, *flags, "--resume")
+            except Killed:
+                kills += 1
+                continue
+        break
+    assert status == 0
+    assert kills >= 3
+    check_equal(out, whole)
+
+
+def test_resume_begins_a_run_where_there_is_none(npz: Path, whole: Path, tmp_path: Path) -> None:
+    assert finetune(npz, tmp_path / "out", "--resume") == 0
+    check_equal(tmp_path / "out", whole)
+
+
+def test_a_finished_run_stays_as_it_is(npz: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, times = contents(whole), [path.stat().st_mtime_ns for path in sorted(whole.iterdir())]
+    assert finetune(npz, whole, "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert contents(whole) == before
+    assert [path.stat().st_mtime_ns for path in sorted(whole.iterdir())] == times
+
+
+def test_settings_need_not_be_given_again(half: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--out", str(half), "--resume"]) == 0
+    assert "resuming after 1 epochs and 2 steps of cure" in capsys.readouterr().out
+    check_equal(half, whole)
+
+
+def test_without_resume_it_is_refused_and_resume_is_named(
+    half: Path, npz: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(half)
+    assert finetune(npz, half) == 2
+    assert "go on with the run in it by --resume" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gamma", "3"], "gamma must be '0.1' as in the run"),
+        (["--epochs", "3"], "epochs must be 2 as in the run"),
+        (["--seed", "1"], "seed must be 0 as in the run"),
+        (["--eps", "0.1,0.2"], "eps must be [0.1] as in the run"),
+        (["--no-augment"], "augment must be True as in the run"),
+        (["--preset", "svhn-paper"], "preset must be None as in the run"),
+        (["--limit", "10"], "got 10: leave it out, or choose another --out (device, data_dir, out may change)"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(
+    half: Path, npz: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    before = contents(half)
+    assert finetune(npz, half, "--resume", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert contents(half) == before
+
+
+def test_where_things_are_may_change(half: Path, whole: Path, tmp_path: Path) -> None:
+    moved = half.rename(tmp_path / "moved")
+    assert main(["finetune", "--resume", "--out", str(moved), "--device", "auto", "--data-dir", str(tmp_path)]) == 0
+    check_equal(moved, whole) if not torch.cuda.is_available() else None
+
+
+def test_other_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    npz, out = write_npz(tmp_path / "data.npz"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        with pytest.raises(Killed):
+            finetune(npz, out)
+    before = contents(out)
+    write_npz(npz, seed=1)
+    assert finetune(npz, out, "--resume") == 2
+    assert "other images or labels" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5000, -1])
+def test_a_truncated_checkpoint_is_refused(
+    half: Path, npz: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    path = half / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(half, npz, capsys, "cannot be read as the state of a run")
+
+
+@pytest.mark.parametrize("kind", ["not safetensors", "weights", "another model's", "no optimiser", "no json"])
+def test_a_foreign_checkpoint_is_refused(
+    half: Path, npz: Path, whole: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = half / "checkpoint.safetensors"
+    progress = json.dumps({"data": 0})
+    message = "cannot be read as the state of a run"
+    if kind == "not safetensors":
+        path.write_bytes(b"\x00" * 100)
+    elif kind == "weights":
+        shutil.copy(whole / "model.safetensors", path)
+    elif kind == "no json":
+        save_file({"model/a": torch.zeros(1)}, path, {"fastcure": "{"})
+    else:
+        import safetensors
+
+        with safetensors.safe_open(path, "pt") as file:
+            progress = file.metadata()["fastcure"]
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        if kind == "no optimiser":
+            tensors = {key: value for key, value in tensors.items() if not key.startswith("optimizer/3.")}
+        else:
+            tensors["model/fc.weight"] = torch.zeros(7, 7)
+        save_file(tensors, path, {"fastcure": progress})
+        message = "does not fit this run"
+    refused(half, npz, capsys, message)
+
+
+def test_a_run_without_its_state_is_refused(half: Path, npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (half / "checkpoint.safetensors").unlink()
+    refused(half, npz, capsys, "checkpoint.safetensors is missing")
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"eps": 3}', '{"eps": [0.1], "flavour": "sweet"}'])
+def test_a_config_that_is_none_is_refused(
+    half: Path, npz: Path, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    (half / "config.json").write_text(config)
+    refused(half, npz, capsys, "config.json")
+
+
+def test_a_folder_of_other_things_is_refused(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("all of it")
+    refused(tmp_path, npz, capsys, "without config.json: choose another")
+
+
+def refused(out: Path, npz: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    before = contents(out)
+    capsys.readouterr()
+    assert finetune(npz, out, "--resume") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert contents(out) == before
