@@ -20,20 +20,8 @@ from pathlib import Path
 
 from fastcure.training.checkpoint import unpack
 
-SMALL = [
-    "--dataset",
-    "digits",
-    "--limit",
-    "256",
-    "--pretrain-epochs",
-    "3",
-    "--epochs",
-    "3",
-    "--eps",
-    "0.1",
-    "--device",
-    "cpu",
-]
+SMALL = ["--dataset", "digits", "--limit", "128", "--pretrain-epochs", "5", "--epochs", "5", "--eps", "0.1"]
+SMALL += ["--device", "cpu"]
 COMPARED = ("model.safetensors", "original.safetensors", "history.csv", "metrics.json")
 
 
@@ -69,7 +57,7 @@ def place(out: Path) -> str:
     if not path.exists():
         return "nothing yet"
     progress = unpack(path)[0]
-    return f"{progress.phase}, epoch {progress.epoch}" + (", its steps" if progress.step else "")
+    return f"{progress.phase}, {progress.epoch} epochs" + (" and the steps of the next" if progress.step else "")
 
 
 def kill_and_resume(
