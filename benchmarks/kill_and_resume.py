@@ -90,8 +90,13 @@ def kill_and_resume(
             runs += 1
     for run in range(1, runs + 1):  # a run that was killed goes on, a finished one stays
         finish(folder / f"killed-{run}", flags)
-    truth = contents(folder / "in-peace")
-    equal = sum(contents(folder / f"killed-{run}") == truth for run in range(1, runs + 1))
+    truth, equal = contents(folder / "in-peace"), 0
+    for run in range(1, runs + 1):
+        found = contents(folder / f"killed-{run}")
+        other = [name for name, one, two in zip(COMPARED, found, truth, strict=True) if one != two]
+        equal += not other
+        if other:
+            say(f"run {run} differs in {', '.join(other)}")
     for name, count in sorted(where.items()):
         say(f"{count:4d} killed with this saved: {name}")
     say(f"{kills} kills in {runs} runs: {equal} of {runs} equal")

@@ -6,11 +6,24 @@ cure = CURE(model, h=1.25, gamma=4.0)
 cure(x, y).total.backward()
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from fastcure.cure import CURE, CUREOutput
 from fastcure.curvature import Curvature, curvature
 from fastcure.prepare import explain, prepare
 from fastcure.units import eps_to_h, h_to_eps
 
 __version__ = "0.1.0"
+
+_MODULES = ("analysis", "attacks", "checklist", "data", "models", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a part of the library when it is first named, as in `fastcure.attacks.pgd`."""
+    if name in _MODULES:
+        return import_module(f"fastcure.{name}")
+    raise AttributeError(f"module 'fastcure' has no attribute {name!r}")
+
 
 __all__ = ["CURE", "CUREOutput", "Curvature", "__version__", "curvature", "eps_to_h", "explain", "h_to_eps", "prepare"]

@@ -16,6 +16,8 @@ def check_positive(name: str, value: float | Tensor, *, batch: int | None = None
     host wait for the device.
     """
     if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{name} requires grad, but nothing here is differentiable in it: pass {name}.detach()")
         if value.dim() > 1 or (value.dim() == 1 and len(value) != (batch or len(value))):
             wanted = f"({'B' if batch is None else batch},)"
             raise ValueError(f"{name} must be a number or have shape {wanted}, got shape {tuple(value.shape)}")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcure.checks import check_positive
-from fastcure.curvature import BatchStats, check_arguments, curvature
+from fastcure.curvature import BatchStats, check_arguments, check_modes, curvature
+from fastcure.engines import select
 from fastcure.microbatch import in_parts
 from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
 
@@ -59,7 +60,9 @@ class CURE(nn.Module):
         microbatch: int | None = None,
     ) -> None:
         super().__init__()
-        if microbatch is not None and microbatch < 1:
+        select(engine, unwrap(model))
+        check_modes(power, batch_stats)
+        if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
             raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
         self.microbatch = microbatch
         self.model = model
@@ -85,6 +88,8 @@ class CURE(nn.Module):
     @gamma.setter
     def gamma(self, value: float | Tensor) -> None:
         check_positive("gamma", value, zero=True)
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"gamma must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
         self._gamma = value
 
     def forward(self, x: Tensor, y: Tensor) -> CUREOutput:

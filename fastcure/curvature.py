@@ -54,13 +54,16 @@ def curvature(
 
     Args:
         model: the network; its normalisation is a layer of it. Flags, `.grad`s and buffers come back as they were.
+            Randomness that evaluation mode does not turn off (`F.dropout` without `self.training`) makes the penalty
+            noise.
         x: `(B, ...)` images, floating point, pixels in [0, 1].
         y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
         h: L2 length of the finite step in input units, `> 0`; one number, or one a sample `(B,)`. On N values it is
             an FGSM step of `h / sqrt(N)` a pixel (`fastcure.h_to_eps`).
         loss_fn: `(logits, y) -> (B,)`; if it is a module, its parameters are trained too.
         power: 2 for the squared norm of the paper's equations, 1 for the norm of its published code.
-        engine: "auto", "eager" or "reference" (the oracle).
+        engine: "auto", "eager", "compile", "first_order" (an estimator, for models without second derivatives) or
+            "reference" (the oracle); see `fastcure.engines`.
         batch_stats: "frozen" runs everything in evaluation mode and changes no buffer. "split", the published
             code's way, takes loss and logits from one forward with every module's flag as it stands, which updates
             buffers once and costs 3 forward passes more; the penalty stays in evaluation mode.
@@ -110,12 +113,19 @@ def check_arguments(
     x: Tensor, y: Tensor, h: float | Tensor, power: int, batch_stats: str, direction: Tensor | None = None
 ) -> None:
     """Check the arguments of `curvature`; it raises what that says."""
+    check_batch(x, y, direction)
     check_positive("h", h, batch=len(x))
+    check_modes(power, batch_stats)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("the penalty is made of gradients, which torch.inference_mode forbids: use torch.no_grad")
+
+
+def check_modes(power: int, batch_stats: str) -> None:
+    """Check the two settings that are choices."""
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
     if batch_stats not in ("frozen", "split"):
         raise ValueError(f"batch_stats must be 'frozen' or 'split', got {batch_stats!r}")
-    check_batch(x, y, direction)
 
 
 class _Attach(torch.autograd.Function):

@@ -124,7 +124,8 @@ def folds_of(model: nn.Module) -> list[Fold]:
 def plain(module: nn.Module) -> bool:
     """Tell whether a module does what its class says, and nobody listens."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
+    registered = {"weight", "bias"} <= module._parameters.keys()  # others may depend on the input
+    return registered and "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
 
 
 def has_statistics(norm: nn.Module) -> bool:

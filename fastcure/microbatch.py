@@ -71,7 +71,7 @@ def in_parts(
             for parameter, gradient in zip(result.parameters, found, strict=True):
                 if gradient is not None:
                     old = gradients.get(parameter)
-                    gradients[parameter] = gradient if old is None else old.add_(gradient)
+                    gradients[parameter] = gradient if old is None else old + gradient  # it may be another's too
     logits, loss, penalty = (torch.cat(values) for values in zip(*results, strict=True))
     total = w_loss * loss.sum() + w_penalty * penalty.sum()
     total = _Scaled.apply(total, tuple(gradients.values()), *gradients)

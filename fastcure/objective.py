@@ -80,6 +80,9 @@ class Objective:
             **{name: p.detach().requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
             **{name: b.detach().clone() for name, b in self.module.named_buffers()},
         }
+        for alias in self.state.values():
+            if alias.requires_grad:
+                alias.register_post_accumulate_grad_hook(_lost)
         self.trainable = trainable and any(p.requires_grad for p in named.values())
         # A parameter that the model reaches around its own attributes (a closure) stays itself.
         self._owner = {id(p): p for p in named.values() if p.requires_grad}
@@ -108,6 +111,14 @@ class Objective:
                 )
             found.append((leaf, self._owner[id(leaf)]))
         return found
+
+
+def _lost(_: Tensor) -> None:
+    """Raise when an ordinary backward reaches an alias: the gradient would not reach the parameter."""
+    raise RuntimeError(
+        "a tensor that the model kept from a pass of the penalty was sent backward, and its gradient would be lost: "
+        "put auxiliary losses into loss_fn, or compute them in a forward of your own"
+    )
 
 
 def find_logits(output: Any) -> Tensor:
@@ -185,6 +196,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             "model must not have sharded parameters (DTensor): shard it as one with the regulariser, "
             "fully_shard(CURE(model)), and no part of it apart"
         )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError("model must not be a DataParallel: use DistributedDataParallel(CURE(model))")
     original = getattr(model, "_orig_mod", model)
     assert isinstance(original, nn.Module)
     return original

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastcure.checks import check_images
 from fastcure.engines import select
 from fastcure.layers import (
     CONVOLUTIONS,
@@ -40,6 +41,7 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     Returns:
         `model` itself.
     """
+    check_images(x.detach() if isinstance(x, Tensor) else x)
     inner = unwrap(model)
     FOLDS[inner] = _find(inner, x)[0]
     return model

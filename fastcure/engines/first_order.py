@@ -34,6 +34,9 @@ class Pass(NamedTuple):
     """(B, ...), d."""
     power: int
     leaves: list[Tensor]
+    versions: list[int]
+    """Of the leaves: a change in between would give the gradient at other weights."""
+    autocast: tuple[torch.dtype, bool]
 
 
 class FirstOrder:
@@ -64,7 +67,10 @@ class FirstOrder:
         penalty = d.float().square() if d.dtype != torch.float64 else d.square()
         penalty = penalty.flatten(1).sum(1)
         leaves = [leaf for leaf, _ in found]
-        state = Pass(objective, x.detach(), step.detach(), y, d, power, leaves)
+        versions = [leaf._version for leaf in leaves]
+        device = x.device.type
+        autocast = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        state = Pass(objective, x.detach(), step.detach(), y, d, power, leaves, versions, autocast)
         return Evaluation(
             logits.detach(),
             loss.detach(),
@@ -99,7 +105,13 @@ class FirstOrder:
 
     def _accumulate(self, state: Pass, points: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
         total: list[Tensor | None] = [None] * len(state.leaves)
-        with evaluation_mode(state.objective.module), torch.enable_grad():
+        if [leaf._version for leaf in state.leaves] != state.versions:
+            raise RuntimeError(
+                "parameters were modified in place since the forward: call backward before the optimiser"
+            )
+        dtype, enabled = state.autocast
+        autocast = torch.autocast(state.x.device.type, dtype, enabled=enabled)
+        with evaluation_mode(state.objective.module), torch.enable_grad(), autocast:
             for point, weight in points:
                 loss = state.objective(point, state.y)[1]
                 gradients = torch.autograd.grad(loss, state.leaves, weight.to(loss), allow_unused=True)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from fastcure.engines.protocol import Evaluation
 
@@ -31,7 +32,13 @@ class GraphEngine:
         if not pairs:
             return (None,) * len(state.leaves)
         values, weights = zip(*pairs, strict=True)
-        return torch.autograd.grad(values, state.leaves, weights, retain_graph=retain, allow_unused=True)
+        try:
+            return torch.autograd.grad(values, state.leaves, weights, retain_graph=retain, allow_unused=True)
+        except CheckpointError as error:
+            raise RuntimeError(
+                "activation checkpointing recomputes the model outside of the penalty's evaluation mode: turn it off, "
+                "and save memory by CURE(model, microbatch=N)"
+            ) from error
 
 
 def evaluation(logits: Tensor, loss: Tensor, penalty: Tensor, found: list[tuple[Tensor, nn.Parameter]]) -> Evaluation:

@@ -124,7 +124,8 @@ class Run:
             result = epoch_result(progress.epoch, self.ranks.gather(self.sums).sum(0))
             self.ranks.copy_from_first(self.model.buffers())  # of batch norms, which saw other images elsewhere
             self._save()
-            row = {name: schedules[name].at(progress.epoch + 1) if name in schedules else 0.0 for name in ROW}
+            last = progress.epoch + 1 - 1 / len(self.loader)  # of the epoch's last step
+            row = {name: schedules[name].at(last) if name in schedules else 0.0 for name in ROW}
             self._end_epoch(row, result, title)
 
     def evaluate(self, title: str) -> Metrics:
@@ -227,7 +228,7 @@ class Run:
 
 
 ROW = ("lr", "gamma", "h")
-"""Columns of the history that hold schedules."""
+"""Columns of the history that hold schedules: what the epoch's last step used."""
 
 
 def checksum(data: Dataset) -> int:

@@ -64,3 +64,20 @@ def test_a_step_of_length_h_is_an_fgsm_step() -> None:
     (g,) = torch.autograd.grad(torch.nn.functional.cross_entropy(case.model(x), case.y, reduction="sum"), x)
     eps = h_to_eps(1.25, 13)
     torch.testing.assert_close(direction_step(case.x, g, 1.25), fgsm(*case, eps=eps, bounds=(-9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "fast"}, ValueError, "engine must be one of"),
+        ({"batch_stats": "x"}, ValueError, "batch_stats must be"),
+        ({"power": 3}, ValueError, "power must be 1 or 2"),
+        ({"microbatch": 2.5}, ValueError, "microbatch must be >= 1"),
+        ({"gamma": torch.ones(1)}, ValueError, "gamma must be a number or a 0-dim tensor"),
+        ({"gamma": torch.ones((), requires_grad=True)}, ValueError, "gamma requires grad"),
+        ({"model": torch.tanh}, TypeError, "torch.nn.Module"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CURE(**{"model": torch.nn.Linear(2, 2), **options})

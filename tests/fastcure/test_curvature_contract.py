@@ -310,3 +310,53 @@ def test_a_model_wrapped_by_ddp_is_refused(tmp_path: object) -> None:
         torch.testing.assert_close(model.weight.grad, plain.weight.grad)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_the_model_keeps_to_itself_is_not_lost_in_silence(engine: str) -> None:
+    class Auxiliary(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            self.auxiliary = logits.square().mean()
+            return torch.tanh(logits)
+
+    model = Auxiliary(3, 3)
+    out = curvature(model, torch.rand(2, 3), torch.tensor([0, 1]), engine=engine)
+    with pytest.raises(RuntimeError, match="put auxiliary losses into loss_fn"):
+        (out.loss.sum() + model.auxiliary).backward()
+
+
+def test_a_weight_that_depends_on_the_input(case: Case) -> None:
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.make, self.last = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(3, 108), nn.Linear(4, 7)
+            del self.conv.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv.weight = self.make(torch.tanh(x.mean((0, 2, 3)))).reshape(4, 3, 3, 3)
+            return self.last(torch.tanh(self.conv(x)).mean((2, 3)))
+
+    model = Hyper().double()
+    ours, truth = (curvature(model, case.x[:1], case.y[:1], engine=engine).penalty for engine in ("eager", "reference"))
+    torch.testing.assert_close(ours, truth)
+
+
+def test_activation_checkpointing_is_right_or_one_clear_error(case: Case) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU())
+            self.last = nn.Linear(6, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False).mean((2, 3)))
+
+    out = CURE(Checkpointed().double())(case.x, case.y)
+    with pytest.raises(RuntimeError, match=r"activation checkpointing.*CURE\(model, microbatch=N\)"):
+        out.total.backward()
+
+
+def test_inference_mode_is_refused(case: Case) -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        curvature(*case)

@@ -95,3 +95,22 @@ def test_kinks_are_warned_of(layer: nn.Module) -> None:
 def test_the_step_balances_truncation_and_rounding() -> None:
     assert step_size(torch.float32) == pytest.approx(4.9e-3, rel=0.01)
     assert step_size(torch.float64) == pytest.approx(6.1e-6, rel=0.01)
+
+
+def test_a_parameter_changed_before_the_backward_is_an_error() -> None:
+    case = make(NETWORKS["mlp-softplus"], 5, seed=0)
+    out = curvature(*case, engine="first_order")
+    with torch.no_grad():
+        case.model[0].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified in place since the forward"):
+        out.penalty.sum().backward()
+
+
+def test_the_backward_runs_in_the_forwards_autocast() -> None:
+    case = make(NETWORKS["mlp-softplus"], 5, seed=0, dtype=torch.float32)
+    seen: list[torch.dtype] = []
+    case.model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = CURE(case.model, engine="first_order")(case.x, case.y)
+    out.total.backward()
+    assert seen == [torch.bfloat16] * 6

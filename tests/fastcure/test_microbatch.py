@@ -102,3 +102,25 @@ def test_bad_input_is_one_clear_error() -> None:
         out.total.backward(create_graph=True)
     with pytest.raises(ValueError, match="labels must be in"):
         CURE(nn.Linear(3, 2), microbatch=1)(torch.rand(2, 3), torch.tensor([0, 2]))
+
+
+def test_parameters_that_share_one_gradient() -> None:
+    """autograd hands the same tensor to both terms of a sum: adding to one in place would add to the other."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(4, 13)), nn.Parameter(torch.randn(4, 13))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ (self.a + self.b).T)
+
+    torch.manual_seed(0)
+    case = Case(Sum().double(), torch.rand(6, 13).double(), torch.arange(6) % 4)
+    for gamma in (0.0, 2.0):
+        found = []
+        for microbatch in (None, 2):
+            case.model.zero_grad()
+            CURE(case.model, gamma=gamma, microbatch=microbatch)(case.x, case.y).total.backward()
+            found.append([p.grad for p in case.model.parameters()])
+        assert relative(*found) < 1e-12
