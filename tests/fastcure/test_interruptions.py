@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from kill_and_resume import kill_and_resume
-from runs import SMALL, check_equal, contents, finetune, write_npz
+from small_runs import SMALL, check_equal, contents, finetune, write_npz
 from torch import Tensor, nn
 
 import fastcure.training.run as run_module

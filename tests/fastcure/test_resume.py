@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import check_equal, contents, finetune, write_npz
 from safetensors.torch import save_file
+from small_runs import check_equal, contents, finetune, write_npz
 
 import fastcure.training.run as run_module
 from fastcure.cli import main
