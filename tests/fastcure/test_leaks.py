@@ -1,0 +1,227 @@
+"""Nothing outlives its step: tensors and graphs are counted, after many steps and after steps that fail."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, Case, make
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcure import CURE, curvature, prepare
+
+ENGINES = ["eager", "first_order", "reference"]
+
+
+class Saved:
+    """A tensor kept by the graph of autograd, which is nowhere in Python's own books."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], Counter[str]]]:
+    """Count what is alive, by kind; without the collector of cycles, so that a cycle counts as a leak."""
+
+    def count() -> Counter[str]:
+        kinds = Counter[str]()
+        for thing in gc.get_objects():
+            kind = type(thing)  # isinstance would look into proxies
+            if issubclass(kind, (Tensor, Saved)) or kind.__name__.endswith("Backward"):
+                kinds[kind.__name__] += 1
+        return kinds
+
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            yield count
+    finally:
+        gc.enable()
+
+
+def test_the_count_sees_a_graph_that_is_kept() -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    with counted() as count:
+        before = count()
+        kept = curvature(*case)
+        held = count() - before
+        assert held["Saved"] > 4
+        assert held["Tensor"] > 4
+        assert held["_AttachBackward"] == 1
+        del kept
+        assert count() == before
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["mlp-softplus", "batch_norm-gelu-average"])
+def test_a_thousand_steps_hold_no_more_than_ten(name: str, engine: str) -> None:
+    steps = 1000 if name.startswith("mlp") else 60
+    case = make(NETWORKS[name], 4, seed=0, dtype=torch.float32)
+    cure = CURE(prepare(case.model, case.x), engine=engine)
+    optimizer = torch.optim.Adam(cure.parameters(), lr=1e-4)
+    with counted() as count:
+        for step in range(1, steps + 1):
+            out = cure(case.x, case.y)
+            optimizer.zero_grad()
+            out.total.backward()
+            optimizer.step()
+            if step == 10:
+                early = count()
+        assert count() == early
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_without_a_backward_hold_nothing(engine: str) -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    with counted() as count:
+        curvature(*case, engine=engine)
+        early = count()
+        for batch_stats in ("frozen", "split"):
+            for _ in range(20):
+                curvature(*case, engine=engine, batch_stats=batch_stats)
+        assert count() == early
+
+
+class Fails(nn.Module):
+    """Fails on demand: in its `call`-th forward, or where a gradient passes through it for the `call`-th time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where, self.call, self.calls = "", 0, Counter[str]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pass_through("forward")
+        return _FailsIn.apply(x, self)
+
+    def pass_through(self, where: str) -> None:
+        self.calls[where] += 1
+        if where == self.where and self.calls[where] == self.call:
+            raise KeyError(where)
+
+    def disarm(self) -> None:
+        self.where, self.calls = "", Counter()
+
+    def arm(self, where: str, call: int) -> None:
+        self.where, self.call, self.calls = where, call, Counter()
+
+
+class _FailsIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Fails) -> Tensor:
+        ctx.layer = layer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.layer.pass_through("backward")
+        return _FailsInBackward.apply(g, ctx.layer), None
+
+
+class _FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, layer: Fails) -> Tensor:
+        ctx.layer = layer
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.layer.pass_through("double backward")
+        return g.clone(), None
+
+
+def failing(engine: str) -> tuple[Case, Fails, Callable[[], None]]:
+    """A case, the layer that fails, and a step."""
+    case, fails = make(NETWORKS["batch_norm-gelu-average"], 4, seed=0), Fails()
+    model = nn.Sequential(*list(case.model)[:3], fails, *list(case.model)[3:]).double()
+    model[1].eval()
+    case = Case(model, case.x, case.y)
+    cure = CURE(prepare(model, case.x), engine=engine)
+
+    def step() -> None:
+        cure(case.x, case.y).total.backward()
+
+    return case, fails, step
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """All that a step must not change, its `.grad` apart."""
+    tensors = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+    return [
+        tensors,
+        [p.requires_grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [sorted(vars(m)) for m in model.modules()],
+        [id(p) for p in model.parameters()],
+    ]
+
+
+def check_same(model: nn.Module, before: list[Any]) -> None:
+    after = snapshot(model)
+    assert after[1:] == before[1:]
+    assert all(torch.equal(a, b) for a, b in zip(after[0], before[0], strict=True))
+
+
+def settle() -> None:
+    """Let Python drop the cycle of a traceback and its frames, and torch what its CPU queue still held.
+
+    A backward that fails within another leaves the nodes that were next in that queue, which the next backward empties.
+    """
+    torch.ones((), requires_grad=True).backward()
+    gc.collect()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("where", ["forward", "backward", "double backward"])
+def test_a_step_that_fails_anywhere_leaves_nothing(engine: str, where: str) -> None:
+    case, fails, step = failing(engine)
+    step()
+    fails.disarm()
+    case.model.zero_grad()
+    step()  # learns how often the layer is passed
+    passes = fails.calls[where]
+    assert passes > 0 or (engine, where) == ("first_order", "double backward")
+    gradients = [p.grad.clone() for p in case.model.parameters()]
+    before = snapshot(case.model)
+    with counted() as count:
+        held = count()
+        for call in range(1, passes + 1):
+            fails.arm(where, call)
+            with pytest.raises(KeyError, match=where):
+                step()
+            assert fails.calls[where] == call
+            settle()
+            assert count() == held
+            check_same(case.model, before)
+            assert all(torch.equal(p.grad, g) for p, g in zip(case.model.parameters(), gradients, strict=True))
+    fails.disarm()
+    case.model.zero_grad()
+    step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(case.model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_loss_that_fails_leaves_nothing(engine: str, call: int) -> None:
+    case, calls = make(NETWORKS["batch_norm-gelu-average"], 4, seed=0), []
+
+    def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyError("loss")
+        return F.cross_entropy(logits, y, reduction="none")
+
+    before = snapshot(case.model)
+    with counted() as count:
+        held = count()
+        with pytest.raises(KeyError, match="loss"):
+            curvature(*case, loss_fn=loss_fn, engine=engine)
+        settle()
+        assert count() == held
+    check_same(case.model, before)
+    assert all(p.grad is None for p in case.model.parameters())
