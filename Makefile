@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SEED   ?= 0
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-distributed lint bench
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -13,6 +13,10 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Two processes on this machine: apart, for it needs a free port and a machine that is not overloaded.
+test-distributed: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ def _process(rank: int, result: Path, work: Callable[..., Any], arguments: tuple
     found = work(rank, *arguments)
     if rank == 0:
         torch.save(found, result)
+    os._exit(0)  # torch's threads sometimes abort a process that ends in the ordinary way
 
 
 def free_port() -> int:
