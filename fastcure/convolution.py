@@ -3,7 +3,7 @@
 The derivative of a convolution's input gradient with respect to its weight is an ordinary weight gradient: with
 `gI = conv^T(g, W)`, and `v` the gradient that arrives at `gI`, it is that of `conv(v, W)` under `g`. torch computes it
 as a convolution whose kernel is as large as the image, channels and batch exchanged, which the libraries beneath are
-not made for. Here it is the weight gradient that it is; the arithmetic is the same (`benchmarks/bench_convolution.py`).
+not made for. Here it is the weight gradient that it is; the arithmetic is the same.
 """
 
 from __future__ import annotations
