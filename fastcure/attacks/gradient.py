@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,8 +11,10 @@ from fastcure_kernels import l2_start, l2_step, linf_start, linf_step
 from torch import Tensor, nn
 
 from fastcure.attacks.arguments import check_bounds, check_counts, check_numbers, hard_labels, has_nan, rowwise
+from fastcure.attacks.replay import REPLAYED
 from fastcure.checks import check_batch, check_positive
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure.recorder import CudaRecorder
 
 Norm = Literal["linf", "l2"]
 
@@ -48,6 +52,7 @@ def pgd(
     *,
     loss_fn: LossFn = cross_entropy,
     targeted: bool = False,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Projected gradient ascent of the loss within the eps-ball around `x`.
 
@@ -69,6 +74,8 @@ def pgd(
         generator: source of the random starts, on the CPU or x's device; torch's default if None.
         loss_fn: `(logits, y) -> (B,)`, such as `margin_loss`.
         targeted: descend the loss towards the classes `y`; success is to be classified as them.
+        cuda_graph: on a GPU, capture the step once for each model and shape and replay it: for small batches, where
+            launches take longer than the work. It reserves memory, and Python code of the model runs only once.
 
     Returns:
         `(B, ...)`, detached, in the dtype and memory format of `x`.
@@ -89,19 +96,28 @@ def pgd(
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     check_bounds(bounds)
+    if cuda_graph and not x.is_cuda and REPLAYED.recorder is CudaRecorder:
+        raise ValueError(f"cuda_graph=True wants tensors on cuda, got {x.device}: leave it out")
     start, move = (linf_start, linf_step) if norm == "linf" else (l2_start, l2_step)
     step = -step_size if targeted else step_size
     model = unwrap(model)
     objective = Objective(model, loss_fn, trainable=False)
     x = x.detach()
 
+    def one_step(objective: Objective, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
+        return move(adv, _input_gradient(objective, adv, y), x, step, eps, *bounds)
+
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with evaluation_mode(model, loss_fn):
+        advance: Callable[[Tensor], Tensor] = partial(one_step, objective, x=x, y=y, step=step, eps=eps)
+        if cuda_graph:
+            advance = REPLAYED.of(objective, one_step, (norm, bounds), x, y, step, eps)
         for _ in range(restarts):
             adv = start(x, eps, *bounds, generator=generator) if random_start else x
             for _ in range(steps):
-                adv = move(adv, _input_gradient(objective, adv, y), x, step, eps, *bounds)
+                adv = advance(adv)
+            adv = adv.clone() if cuda_graph else adv
             bad |= has_nan(adv)
             if restarts == 1:
                 break

@@ -7,12 +7,14 @@ from torch import nn
 from fastcure.engines.compiled import Compile
 from fastcure.engines.eager import Eager
 from fastcure.engines.first_order import FirstOrder
+from fastcure.engines.graphed import Graphed
 from fastcure.engines.oracle import Reference
 from fastcure.engines.protocol import Engine, Evaluation
 
 ENGINES: dict[str, Engine] = {
     "eager": Eager(),
     "compile": Compile(),
+    "cuda_graph": Graphed(),
     "first_order": FirstOrder(),
     "reference": Reference(),
 }

@@ -120,6 +120,9 @@ def _compile(backend: str, power: int, device: torch.device) -> Compiled:
         )
     import torch._dynamo
     import torch._functorch.config
+    import torch._inductor.config
+
+    from fastcure.engines.rewrite import Rewrite
 
     def penalty(
         model: nn.Module,
@@ -151,8 +154,11 @@ def _compile(backend: str, power: int, device: torch.device) -> Compiled:
     program = torch.compile(penalty, backend=backend, dynamic=False, fullgraph=True)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # A donated buffer cannot serve a backward with retain_graph.
-        with torch._functorch.config.patch(donated_buffer=False), sdpa_kernel(SDPBackend.MATH):
+        with (
+            torch._functorch.config.patch(donated_buffer=False),  # it cannot serve a backward with retain_graph
+            torch._inductor.config.patch(joint_custom_pre_pass=Rewrite()),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             try:
                 return program(*arguments)
             except torch._dynamo.exc.Unsupported as error:

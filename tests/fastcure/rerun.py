@@ -1,0 +1,29 @@
+"""A recorder for the CPU: it shows all of what is built on captures but the capture itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastcure.recorder import Tensors, Work
+
+
+class Rerun:
+    """Runs the work anew for a replay, into the same results."""
+
+    recorded = 0
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self, work: Work) -> tuple[Tensors, Callable[[], object]]:
+        Rerun.recorded += 1
+        results = [None if t is None else torch.full_like(t, torch.nan) for t in work()]  # a capture computes nothing
+
+        def replay() -> None:
+            for old, new in zip(results, work(), strict=True):
+                if old is not None and new is not None:
+                    old.copy_(new)
+
+        return results, replay
