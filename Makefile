@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
+FUZZ   ?= 12
+FUZZ_SEED ?= $(shell date +%s)
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-distributed lint bench
+.PHONY: demo test test-distributed fuzz soak lint bench
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -18,6 +20,17 @@ test: lint
 test-distributed: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
+# Random cases, another set each time: FUZZ times as many as in `make test`. The line make prints repeats them.
+fuzz: $(VENV)/installed
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
+		tests/fastcure/test_properties.py tests/fastcure_kernels/test_kernel_properties.py
+
+# Long runs, damaged files, and training runs that are killed and resumed.
+soak: $(VENV)/installed
+	FUZZ=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
+		tests/fastcure/test_leaks.py tests/fastcure/test_untrusted_files.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_and_resume.py --kills 20
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,7 +38,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" --benchmark-disable-gc
+	$(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" --benchmark-disable-gc -W default
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

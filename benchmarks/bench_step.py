@@ -1,82 +1,80 @@
 """What a training step costs: time as a ratio to the standard step, measured in turn in one run, and peak memory.
 
-The steps take turns within a round, so that a machine that slows down slows all of them; the median round counts. A
-step whose gradients are wrong is not timed.
+A step whose gradients are wrong is not timed.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from record import write
-from steps import GAMMA, STEPS, H
+from steps import GAMMA, STEPS, H, Step, compiled_standard, cure
+from timing import medians, peak_mib
 from torch import Tensor, nn
+from workloads import DEVICE, WORKLOADS, Workload
 
 from fastcure import curvature
-from fastcure.models import build
+from fastcure.flops import FlopCounter
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WORKLOADS = (
-    [("resnet8", 128, 7), ("resnet18", 16, 5)]
-    if DEVICE.type == "cpu"
-    else [("resnet8", 512, 30), ("resnet18", 128, 20), ("resnet18", 512, 10), ("wide_resnet28_10", 128, 5)]
-)
 ROWS: list[dict[str, object]] = []
+ENGINES = ["eager", "compile", *(["cuda_graph"] if DEVICE.type == "cuda" else [])]
 
 
-def workload(name: str, batch: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network with initial weights and a batch of noise, which cost what any others do."""
-    torch.manual_seed(0)
-    return build(name).to(DEVICE), torch.rand(batch, 3, 32, 32, device=DEVICE), torch.arange(batch, device=DEVICE) % 10
+def contenders(workload: Workload) -> dict[str, Step]:
+    """The steps to compare on this workload; where nothing is piecewise linear, the first-order engine as well."""
+    engines = [*ENGINES, *(["first_order"] if workload.model == "vit" else [])]
+    ours = {f"cure, {engine} (ours)": cure(engine) for engine in engines}
+    return {**STEPS, "standard, compiled": compiled_standard(), **ours}
 
 
-def check(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Raise unless our gradients are the oracle's."""
+def check(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> None:
+    """Raise unless the gradients of an engine are the oracle's."""
     gradients = []
-    for engine in ("auto", "reference"):
+    for name in (engine, "reference"):
         model.zero_grad()
-        out = curvature(model, x[:8], y[:8], H, engine=engine)
+        out = curvature(model, x[:8], y[:8], H, engine=name)
         (out.loss + GAMMA * out.penalty).mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-    assert error < 1e-3, f"gradients are off by {error:.1e}: nothing is timed"
+    assert error < 1e-3, f"gradients of {engine} are off by {error:.1e}: nothing is timed"
 
 
-def seconds(run: object, *arguments: object) -> float:
-    """Time one call, to its end on the device."""
-    began = time.perf_counter()
-    run(*arguments)  # type: ignore[operator]
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def forwards(model: nn.Module, x: Tensor, y: Tensor, step: Step) -> float:
+    """The arithmetic of a step in forward passes; 0 where it is compiled, and cannot be seen."""
+    with torch.no_grad(), FlopCounter() as one:
+        model(x[:2])
+    with FlopCounter() as counter:
+        step(model, x[:2], y[:2])
+    return counter.total / one.total
 
 
-@pytest.mark.parametrize(("name", "batch", "rounds"), WORKLOADS)
-def test_steps(benchmark: pytest.FixtureRequest, name: str, batch: int, rounds: int) -> None:
-    model, x, y = workload(name, batch)
-    check(model, x, y)
-    memory: dict[str, int] = {}
-    for title, step in STEPS.items():  # warm-up, and peak memory where the device counts it
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step(model, x, y)
-        memory[title] = torch.cuda.max_memory_allocated() // 2**20 if DEVICE.type == "cuda" else 0
-    times: dict[str, list[float]] = {title: [] for title in STEPS}
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_steps(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
+    model, x, y = workload.build()
+    for engine in ENGINES:
+        check(model, x, y, engine)
+    steps = contenders(workload)
+    cost = {t: 0.0 if "compile" in t or "graph" in t else forwards(model, x, y, step) for t, step in steps.items()}
 
-    def one_round() -> None:
-        for title, step in STEPS.items():
-            times[title].append(seconds(step, model, x, y))
+    def in_precision(step: Step) -> None:
+        with workload.precision():
+            step(model, x, y)
 
-    benchmark.pedantic(one_round, rounds=rounds, iterations=1)  # type: ignore[attr-defined]
-    base = statistics.median(times["standard"])
-    print(f"\n{name}, batch {batch}, {DEVICE}, median of {rounds} rounds")
-    for title, values in times.items():
-        median = statistics.median(values)
-        print(f"  {title:<26} {median * 1e3:9.1f} ms  {median / base:5.2f} x standard  {memory[title]:6d} MiB")
-        row = {"model": name, "batch": batch, "dtype": "float32", "step": title}
-        row |= {"milliseconds": round(median * 1e3, 2), "slowest": round(max(values) * 1e3, 2)}
-        ROWS.append({**row, "ratio_to_standard": round(median / base, 3), "peak_MiB": memory[title]})
+    works: dict[str, Callable[[], None]] = {title: partial(in_precision, step) for title, step in steps.items()}
+    for work in works.values():
+        work()
+    memory = {title: peak_mib(work) for title, work in works.items()}
+    times = medians(benchmark, works)
+
+    print(f"\n{workload}, {DEVICE}, medians")
+    for title, median in times.items():
+        ratio, mib = median / times["standard"], memory[title]
+        print(f"  {title:<26} {median * 1e3:9.1f} ms  {ratio:6.2f} x standard  {cost[title]:5.1f} F  {mib:6d} MiB")
+        row = {"model": workload.model, "batch": workload.batch, "dtype": str(workload.amp).removeprefix("torch.")}
+        row |= {"channels_last": workload.channels_last, "step": title, "milliseconds": round(median * 1e3, 3)}
+        row |= {"ratio_to_standard": round(ratio, 3), "forwards": round(cost[title], 2), "peak_MiB": mib}
+        ROWS.append(row)
     write(f"step-{DEVICE.type}", ROWS, DEVICE)

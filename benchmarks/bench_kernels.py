@@ -1,0 +1,112 @@
+"""Each kernel: bytes moved over time, as a share of what a copy on the same device reaches in the same run.
+
+Beside it stands its twin in plain PyTorch, eager and under torch.compile; on a CPU only the twins run. A
+kernel whose results are not the twin's is not timed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import fastcure_kernels as kernels
+import pytest
+import torch
+from record import write
+from timing import medians
+from torch import Tensor
+from workloads import DEVICE
+
+ROWS: list[dict[str, object]] = []
+BATCH, CHANNELS, SIDE = (4096, 64, 32) if DEVICE.type == "cuda" else (64, 64, 32)
+BOUNDS = (0.0, 1.0)
+
+
+class Case(NamedTuple):
+    """An operator; `operands` of the size of a batch, of which it reads `moved - results` and writes the rest."""
+
+    run: Callable[..., Any]
+    operands: int
+    moved: int
+    """Tensors of the batch's size that it reads and writes: the least that it can."""
+
+
+def norms_and_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    norms = kernels.difference_sqnorm(a.detach().requires_grad_(), b.detach())
+    return torch.autograd.grad(norms.sum(), norms.grad_fn.next_functions[0][0].variable)  # type: ignore[union-attr]
+
+
+def masked_gradients(y: Tensor, w: Tensor) -> Tensor:
+    """`w` where y > 0, by the backward of `bias_relu` alone."""
+    x = y.detach().requires_grad_()
+    return torch.autograd.grad(kernels.bias_relu(x), x, w)[0]
+
+
+def seeded() -> torch.Generator:
+    """The same start for both backends."""
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
+CASES = {
+    "direction_step": Case(lambda x, g: kernels.direction_step(x, g, 1.25), 2, 3),
+    "difference_sqnorm": Case(kernels.difference_sqnorm, 2, 2),
+    "linf_step": Case(lambda a, g, x: kernels.linf_step(a, g, x, 0.01, 0.03, *BOUNDS), 3, 4),
+    "l2_step": Case(lambda a, g, x: kernels.l2_step(a, g, x, 0.1, 0.5, *BOUNDS), 3, 4),
+    "linf_start": Case(lambda x: kernels.linf_start(x, 0.03, *BOUNDS, generator=seeded()), 1, 2),
+    "l2_start": Case(lambda x: kernels.l2_start(x, 0.5, *BOUNDS, generator=seeded()), 1, 2),
+    "bias_relu": Case(lambda x: kernels.bias_relu(x, x.new_ones(CHANNELS)), 1, 2),
+    "bias_relu, residual": Case(lambda x, r: kernels.bias_relu(x, x.new_ones(CHANNELS), r), 2, 3),
+    "bias_relu, forward and backward": Case(masked_gradients, 2, 5),
+}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Set FASTCURE_BACKEND."""
+    old = os.environ.get("FASTCURE_BACKEND")
+    os.environ["FASTCURE_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("FASTCURE_BACKEND") if old is None else os.environ.update(FASTCURE_BACKEND=old)
+
+
+def on(name: str, run: Callable[..., Any], *operands: Tensor) -> Any:
+    with backend(name):
+        return run(*operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(benchmark: pytest.FixtureRequest, name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    operands = [torch.rand(BATCH, CHANNELS, SIDE, SIDE, device=DEVICE).to(dtype) for _ in range(case.operands)]
+    to = torch.empty_like(operands[0])
+    works: dict[str, Callable[[], Any]] = {"copy": partial(to.copy_, operands[0])}
+    if DEVICE.type == "cuda":
+        ours, twin = (on(which, case.run, *operands) for which in ("triton", "torch"))
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, twin)), strict=True):
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"{name} is off by {error:.1e}: it is not timed"
+        works["triton"] = partial(on, "triton", case.run, *operands)
+    works["torch"] = partial(on, "torch", case.run, *operands)
+    works["torch.compile"] = partial(on, "torch", torch.compile(case.run, dynamic=False), *operands)
+    times = medians(benchmark, works, budget=3.0)
+
+    size = to.numel() * to.element_size()
+    copied = 2 * size / times["copy"]
+    print(
+        f"\n{name}, {str(dtype).removeprefix('torch.')}, {size / 2**20:.0f} MiB a tensor, copy {copied / 1e9:.0f} GB/s"
+    )
+    for title, seconds in times.items():
+        moved = 2 if title == "copy" else case.moved
+        share = moved * size / seconds / copied
+        print(f"  {title:<14} {seconds * 1e3:8.3f} ms  {share:6.1%} of the copy's bandwidth")
+        row = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "MiB": size >> 20, "by": title}
+        ROWS.append({**row, "milliseconds": round(seconds * 1e3, 4), "share_of_copy": round(share, 4)})
+    write(f"kernels-{DEVICE.type}", ROWS, DEVICE)

@@ -1,0 +1,188 @@
+"""The grids of the robustness study: which runs, in which order, and how a method's settings are chosen.
+
+Every method has the same arithmetic to spend. At the middle budget its settings are searched one after the other, its
+learning rate among them, each from seed 0 and by PGD-10 accuracy on validation images; then they stay, for other
+seeds and budgets. Test images decide nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from methods import Recipe
+from robustness_run import Setting
+
+COST = {
+    "standard": 3.0,
+    "FGSM": 5.0,
+    "FGSM-RS": 5.0,
+    "PGD-2": 7.0,
+    "PGD-7": 17.0,
+    "PGD-10": 23.0,
+    "input gradient": 6.2,
+    "TRADES-2": 11.0,
+    "CURE frozen": 12.0,
+    "CURE split": 15.0,
+    "CURE train": 12.0,
+    "CURE at FGSM": 12.0,
+    "CURE at FGSM, train": 12.0,
+    "CURE + FGSM-RS": 17.0,
+}
+"""F a sample, by which a budget is turned into epochs; a row has the counted one."""
+
+KIND: dict[str, dict[str, Any]] = {
+    "standard": {"method": "standard"},
+    "FGSM": {"method": "adversarial"},
+    **{
+        name: {"method": "adversarial", "steps": n}
+        for name, n in [("FGSM-RS", 1), ("PGD-2", 2), ("PGD-7", 7), ("PGD-10", 10)]
+    },
+    "input gradient": {"method": "input-gradient"},
+    "TRADES-2": {"method": "trades", "steps": 2},
+    **{f"CURE {mode}": {"method": "cure", "batch_stats": mode} for mode in ("frozen", "split", "train")},
+    "CURE at FGSM": {"method": "cure", "batch_stats": "frozen", "mix": 1.0},
+    "CURE at FGSM, train": {"method": "cure", "mix": 1.0},
+    "CURE + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1},
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A preset: the setting, and how much of everything."""
+
+    setting: Setting
+    budgets: tuple[float, float, float]
+    """F an image for all epochs together: a low one, the one of the search, a high one."""
+    normal_epochs: int
+    rates: tuple[float, ...]
+    """Peak learning rates to choose from, the likeliest first."""
+    gammas: dict[str, tuple[float, ...]]
+    """Weights to choose from, the likeliest first, by label."""
+    steps: tuple[float, ...]
+    """Finite steps to choose from besides that of eps."""
+    seeds: tuple[int, ...]
+    """Besides 0."""
+
+
+class Study(Protocol):
+    """What a grid asks for."""
+
+    def run(self, recipe: Recipe, seed: int, stage: str) -> None:
+        """Do a run, unless its row is there."""
+
+    def best(self, label: str) -> Recipe:
+        """Return the searched recipe of a label that is best on validation images."""
+
+    def examine(self, recipe: Recipe, seed: int) -> None:
+        """Put a run under AutoAttack and the checklist, unless that is done."""
+
+
+MAIN = ("standard", "CURE frozen", "CURE train", "CURE at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
+OTHERS = ("TRADES-2", "CURE split", "FGSM", "CURE at FGSM", "CURE + FGSM-RS", "input gradient")
+
+
+def full(study: Study, sizes: Sizes) -> None:
+    """Everything, the most telling first."""
+    main_only(study, sizes)
+    for label in OTHERS:
+        search(study, label, sizes)
+    for label in MAIN:
+        for budget in sizes.budgets[::2]:
+            study.run(at(study.best(label), budget), 0, "budget")
+    for label in OTHERS:
+        study.examine(study.best(label), 0)
+    for recipe in ablations(study.best("CURE frozen"), sizes):
+        study.run(recipe, 0, "ablation")
+    for label in ("PGD-7", "FGSM-RS"):
+        study.run(replace(study.best(label), label=f"{label}, frozen", batch_stats="frozen"), 0, "ablation")
+    for label in ("CURE frozen", "CURE train", "PGD-7"):
+        study.run(from_scratch(study.best(label), sizes), 0, "scratch")
+    study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
+    study.examine(study.best("PGD-10"), 0)
+
+
+def main_only(study: Study, sizes: Sizes) -> None:
+    """The main methods: searched, repeated and examined."""
+    for label in MAIN:
+        study.run(first(label, sizes), 0, "search")
+    for label in MAIN:
+        search(study, label, sizes)
+    for label in MAIN:
+        study.examine(study.best(label), 0)
+    for seed in sizes.seeds:
+        for label in MAIN:
+            study.run(study.best(label), seed, "seed")
+
+
+def normal(sizes: Sizes) -> Recipe:
+    """The normally trained network, from which the others start."""
+    return Recipe("normal", "standard", sizes.normal_epochs, rate(sizes.rates[0]), start="scratch")
+
+
+def first(label: str, sizes: Sizes) -> Recipe:
+    """The likeliest settings of a method at the middle budget."""
+    gammas = sizes.gammas.get(label)
+    gamma = ramp(gammas[0]) if gammas else "0"
+    return at(Recipe(label, epochs=1, lr=rate(sizes.rates[0]), gamma=gamma, **KIND[label]), sizes.budgets[1])
+
+
+def search(study: Study, label: str, sizes: Sizes) -> None:
+    """Choose gamma, then the learning rate, then h, each for the best of those before it."""
+    study.run(first(label, sizes), 0, "search")
+    for gamma in sizes.gammas.get(label, ())[1:]:
+        study.run(replace(study.best(label), gamma=ramp(gamma)), 0, "search")
+    for lr in sizes.rates[1:]:
+        study.run(replace(study.best(label), lr=rate(lr)), 0, "search")
+    if label in ("CURE frozen", "CURE at FGSM"):
+        for h in sizes.steps:
+            study.run(replace(study.best(label), h=f"{h:g}"), 0, "search")
+
+
+def ablations(best: Recipe, sizes: Sizes) -> list[Recipe]:
+    """The best CURE with one thing changed."""
+    gamma, h = peak(best.gamma), float(best.h)
+    changes: dict[str, dict[str, Any]] = {
+        "constant gamma": {"gamma": f"{gamma:g}"},
+        "gamma in three steps": {"gamma": f"{gamma / 3:g}x50%,{2 * gamma / 3:g}x25%,{gamma:g}"},
+        "h ramped": {"h": f"{h / 10:g}:{h:g}x50%,{h:g}"},
+        "noise first": {"noise": 1.0},
+        "adaptive gamma 0.5": {"adaptive": True, "gamma": ramp(0.5)},
+        "adaptive gamma 2": {"adaptive": True, "gamma": ramp(2.0)},
+        **{f"power 1, gamma x {f:g}": {"power": 1, "gamma": ramp(f * gamma)} for f in (1.0, 0.3)},
+        "half at FGSM": {"mix": 0.5},
+        "FGSM and noise": {"mix": 1.0, "noise": 1.0},
+        "fraction 1/4": {"fraction": 0.25},
+        "every 4th": {"every": 4},
+    }
+    cost = {"fraction 1/4": 5.3, "every 4th": 5.3}
+    return [
+        at(replace(best, label=f"CURE: {name}", **change), sizes.budgets[1], cost.get(name, 12.0))
+        for name, change in changes.items()
+    ]
+
+
+def from_scratch(best: Recipe, sizes: Sizes) -> Recipe:
+    """The same from initial weights, at the high budget; the finite step grows with the penalty."""
+    h = f"0.1:{best.h}x50%,{best.h}" if "CURE" in best.label else best.h
+    return replace(at(best, sizes.budgets[2]), label=f"{best.label}, from scratch", start="scratch", h=h)
+
+
+def at(recipe: Recipe, budget: float, cost: float | None = None) -> Recipe:
+    """Give a recipe the epochs that a budget pays for."""
+    return replace(recipe, epochs=max(1, round(budget / (cost or COST[recipe.label]))))
+
+
+def rate(top: float) -> str:
+    """The schedule of the learning rate: up in a tenth of the run, then down to a hundredth."""
+    return f"0:{top:g}x10%,{top:g}:{top / 100:g}"
+
+
+def ramp(gamma: float) -> str:
+    """The schedule of gamma: up in the first half of the run."""
+    return f"0:{gamma:g}x50%,{gamma:g}"
+
+
+def peak(schedule: str) -> float:
+    """The last value of a schedule."""
+    return float(schedule.split(",")[-1].split(":")[-1])

@@ -1,0 +1,241 @@
+"""One run of the robustness study: a recipe trained on a setting's images from a seed, and what came of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import Moment, Recipe, gradients
+from robustness_data import Images, as_floats
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastcure import eps_to_h, prepare
+from fastcure.analysis import curvature_along_gradient, frobenius_norm
+from fastcure.attacks import autoattack, pgd
+from fastcure.checklist import masking_checklist
+from fastcure.data import Loader
+from fastcure.flops import FlopCounter
+from fastcure.models import build
+from fastcure.objective import evaluation_mode
+from fastcure.training.schedule import parse_schedule
+
+Columns = dict[str, Any]
+RESTARTS, FOLLOWED, MEASURED = 5, 128, 200
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a grid share."""
+
+    dataset: str
+    model: str
+    eps: float
+    train: int
+    validation: int
+    test: int
+    batch_size: int
+    autoattack_images: int
+    """The first of the test images; AutoAttack sees no others."""
+
+
+class Run:
+    """A recipe, a setting and a seed.
+
+    Args:
+        recipe: how to train.
+        setting: on what.
+        seed: of initial weights, order, augmentation, noise and attacks.
+        normal: the run whose network is the start, for a recipe that starts from one.
+        cache: folder of trained weights; None to train whatever is there.
+        images, device: as they say.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        setting: Setting,
+        seed: int,
+        normal: Run | None,
+        images: Images,
+        device: torch.device,
+        cache: Path | None,
+    ) -> None:
+        if (normal is None) != (recipe.start == "scratch"):
+            raise ValueError(f"a run from the normal network, and no other, needs that: got start={recipe.start!r}")
+        self.recipe, self.setting, self.seed, self.normal = recipe, setting, seed, normal
+        self.images, self.device, self.cache = images, device, cache
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What determines the run, as a row shows it."""
+        row = {**asdict(self.recipe), **asdict(self.setting), "seed": self.seed}
+        return {name: str(value) for name, value in row.items()}
+
+    def execute(self) -> Columns:
+        """Train, and measure all but the two things of `examine`."""
+        model, spent = self.trained()
+        start = self.started()
+        return {**spent, **self._measured(model, start)}
+
+    def examine(self) -> Columns:
+        """AutoAttack, and the checklist of gradient masking."""
+        model, n = self.trained()[0], self.setting.autoattack_images
+        x, y = self._part(self.images.test, n)
+        with evaluation_mode(model):
+            adv = autoattack(model, x, y, self.setting.eps, generator=self._generator())
+            with torch.no_grad():
+                left, right = (int((model(images).argmax(1) == y).sum()) for images in (adv, x))
+        if not right:
+            return {"autoattack": 0.0, "checklist": "no image is classified rightly"}
+        twin = self.normal.trained()[0] if self.normal else None
+        options: Columns = {"twin": twin, "steps": 20, "samples": 16, "generator": self._generator()}
+        items = masking_checklist(model, x, y, self.setting.eps, **options)
+        failed = [item.name for item in items if item.passed is False]
+        seen = sum(item.passed is not None for item in items)
+        return {"autoattack": left / n, "checklist": "; ".join(failed) or f"passes {seen} of {seen}"}
+
+    def trained(self) -> tuple[nn.Module, Columns]:
+        """Return the network and what its training told, from the cache if it is there."""
+        path = None
+        if self.cache is not None:
+            name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+            path = self.cache / f"{name}.pt"
+            if path.is_file():
+                held = torch.load(path, map_location=self.device, weights_only=True)
+                model = self._built()
+                model.load_state_dict(held["model"])
+                return model, held["spent"]
+        model = self.started()
+        spent = self._train(model)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path = path.with_suffix(".partial")
+            torch.save({"model": model.state_dict(), "spent": spent}, partial_path)
+            partial_path.replace(path)
+        return model, spent
+
+    def started(self) -> nn.Module:
+        """Return the network before training."""
+        return self.normal.trained()[0] if self.normal else self._built()
+
+    def _built(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        mean, std = self.images.moments
+        channels = self.images.train[0].shape[1]
+        model = build(self.setting.model, self.images.classes, channels, mean, std)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _train(self, model: nn.Module) -> Columns:
+        recipe, setting = self.recipe, self.setting
+        cost = self.cost(copy.deepcopy(model))
+        if recipe.batch_stats != "train":
+            prepare(model, self._part(self.images.train, 1)[0])
+        schedules = {name: parse_schedule(name, getattr(recipe, name), recipe.epochs) for name in ("lr", "gamma", "h")}
+        order = torch.Generator().manual_seed(self.seed)
+        x, y = self.images.train
+        augment = self.images.augment
+        loader = Loader(x, y, setting.batch_size, device=self.device, augment=augment, generator=order)
+        optimizer = torch.optim.Adam(model.parameters())
+        noise, step, seconds = self._generator(), 0, 0.0
+        followed: list[float] = []
+        penalties: list[float] = []
+        title = f"{recipe.label} {self.seed}"
+        for epoch in tqdm(range(recipe.epochs), title, leave=False, unit="epoch", disable=None):
+            began, seen = time.perf_counter(), list[float]()
+            for index, (batch, labels) in enumerate(loader):
+                now = epoch + index / len(loader)
+                for group in optimizer.param_groups:
+                    group["lr"] = schedules["lr"].at(now)
+                h = eps_to_h(schedules["h"].at(now) * setting.eps, self.images.values)
+                moment = Moment(step, setting.eps, schedules["gamma"].at(now), h, noise)
+                batch = batch.contiguous(memory_format=torch.channels_last)
+                seen.append(gradients(model, batch, labels, recipe, moment))
+                optimizer.step()
+                step += 1
+            seconds += time.perf_counter() - began
+            penalties.append(sum(seen) / len(seen))
+            robust = self._survivors(model, self._part(self.images.validation, FOLLOWED), steps=10, restarts=1)
+            followed.append(float(robust.float().mean()))
+        images = recipe.epochs * len(y)
+        return {
+            "cost": round(cost, 3),
+            "compute": round(cost * images),
+            "seconds": round(seconds, 1),
+            "milliseconds_an_image": round(1e3 * seconds / images, 3),
+            "followed": " ".join(f"{value:.4f}" for value in followed),
+            "penalties": " ".join(f"{value:.4g}" for value in penalties),
+        }
+
+    def cost(self, model: nn.Module) -> float:
+        """Count the forward passes that a sample's training takes, a mean over the steps that differ."""
+        recipe = self.recipe
+        x, y = self._part(self.images.train, self.setting.batch_size)
+        with torch.no_grad(), FlopCounter() as forward:
+            model(x)
+        with FlopCounter() as counter:
+            for step in range(recipe.every):
+                gradients(model, x, y, recipe, Moment(step, self.setting.eps, 1.0, 1.0, self._generator()))
+        return counter.total / forward.total / recipe.every
+
+    def _measured(self, model: nn.Module, start: nn.Module) -> Columns:
+        validation, test = self._part(self.images.validation), self._part(self.images.test)
+        robust = self._survivors(model, test, steps=20, restarts=RESTARTS)
+        columns = {
+            "val_clean": self._survivors(model, validation),
+            "val_pgd10": self._survivors(model, validation, steps=10, restarts=1),
+            "clean": self._survivors(model, test),
+            "pgd20x5": robust,
+            "pgd20x5_subset": robust[: self.setting.autoattack_images],
+        }
+        accuracies = {name: round(float(mask.double().mean()), 5) for name, mask in columns.items()}
+        before = {f"{name}_before": value for name, value in self._curvature(start).items()}
+        return {**accuracies, **before, **{f"{k}_after": v for k, v in self._curvature(model).items()}}
+
+    def _curvature(self, model: nn.Module) -> dict[str, str]:
+        """Means over validation images: ||Hz|| exact, and by the step of eps; ||H||_F by that step."""
+        x, y = self._part(self.images.validation, MEASURED)
+        finite: Columns = {"method": "finite", "h": eps_to_h(self.setting.eps, self.images.values)}
+        means = {
+            "hz_exact": curvature_along_gradient(model, x, y).value,
+            "hz": curvature_along_gradient(model, x, y, **finite).value,
+            "frobenius": frobenius_norm(model, x, y, probes=10, generator=self._generator(), **finite).value,
+        }
+        return {name: f"{float(value.mean()):.6g}" for name, value in means.items()}
+
+    def _survivors(self, model: nn.Module, part: tuple[Tensor, Tensor], steps: int = 0, restarts: int = 0) -> Tensor:
+        """Return which images `(N,)` are classified rightly under every start of PGD.
+
+        A start attacks only those that the starts before it left, which changes no accuracy.
+        """
+        x, y = part
+        generator = self._generator()
+        attack: Callable[..., Tensor] = partial(pgd, eps=self.setting.eps, steps=steps, generator=generator)
+        with evaluation_mode(model):
+            left = torch.ones_like(y, dtype=torch.bool)
+            for start in range(restarts + 1):
+                survivors = []
+                for index in left.nonzero().flatten().split(256):
+                    images, labels = x[index], y[index]
+                    adv = attack(model, images, labels) if start else images
+                    with torch.no_grad():
+                        survivors.append(index[model(adv).argmax(1) == labels])
+                left = torch.zeros_like(left)
+                if survivors:
+                    left[torch.cat(survivors)] = True
+        return left
+
+    def _part(self, split: tuple[Tensor, Tensor], count: int | None = None) -> tuple[Tensor, Tensor]:
+        x, y = split
+        return as_floats(x[:count], self.device), y[:count].to(self.device)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 1)

@@ -1,0 +1,48 @@
+"""Timing of contenders that take turns: in every round each runs once, so that a slower moment slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from workloads import DEVICE, rounds_for
+
+Work = Callable[[], object]
+
+
+def seconds(work: Work) -> float:
+    """Time one call, to its end on the device."""
+    began = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def medians(benchmark: pytest.FixtureRequest, contenders: Mapping[str, Work], budget: float = 60.0) -> dict[str, float]:
+    """Median seconds of each contender, after a warm-up, in as many rounds as fit into `budget` seconds."""
+    for work in contenders.values():
+        work()
+    rounds = rounds_for(sum(seconds(work) for work in contenders.values()), budget)
+    times: dict[str, list[float]] = {title: [] for title in contenders}
+
+    def one_round() -> None:
+        for title, work in contenders.items():
+            times[title].append(seconds(work))
+
+    benchmark.pedantic(one_round, rounds=rounds, iterations=1)  # type: ignore[attr-defined]
+    return {title: statistics.median(values) for title, values in times.items()}
+
+
+def peak_mib(work: Work) -> int:
+    """Peak memory of one call beyond what was allocated before, in MiB; 0 where the device does not count it."""
+    if DEVICE.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) // 2**20

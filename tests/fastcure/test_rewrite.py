@@ -1,0 +1,117 @@
+"""The graph passes of the compile engine, on the graphs that inductor would get: exact, complete, and no dearer."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from networks import relative
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.flop_counter import flop_registry
+
+from fastcure import curvature
+from fastcure.engines import ENGINES
+from fastcure.engines.compiled import Compile
+from fastcure.engines.rewrite import Rewrite
+from fastcure.flops import FlopCounter
+from fastcure.models import resnet8
+
+# Of torch's own making, in torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+aten = torch.ops.aten
+
+
+@pytest.fixture(params=["aten", "inductor"])
+def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
+    """Puts an engine in the place of "compile" that runs the graphs as they are, and collects them.
+
+    Torch's operators as they come, or in the terms into which inductor takes them apart.
+    """
+    seen: list[Graph] = []
+
+    def compiler(module: GraphModule, inputs: Any) -> Any:
+        seen.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    def partition(joint: GraphModule, inputs: Any, **options: Any) -> Any:
+        Rewrite()(joint.graph)
+        joint.graph.lint()
+        joint.recompile()
+        return default_partition(joint, inputs, **options)
+
+    table = select_decomp_table() if request.param == "inductor" else {}
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition, decompositions=table)
+    monkeypatch.setitem(ENGINES, "compile", Compile(backend))  # type: ignore[arg-type]
+    yield seen
+    torch._dynamo.reset()
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> list[Tensor]:
+    model.zero_grad()
+    out = curvature(model, x, y, h=0.7, engine=engine)
+    (out.loss + out.penalty).sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def image_sized(graph: Graph) -> list[Node]:
+    """Convolutions whose kernel is larger than any layer's here."""
+    convolutions = [node for node in graph.nodes if node.target is aten.convolution.default]
+    return [node for node in convolutions if max(node.args[1].meta["val"].shape[2:]) > 3]
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Conv2d(4, 6, 3, padding=1),
+    "no-bias": lambda: nn.Conv2d(4, 6, (3, 2), bias=False),
+    "stride-drops-a-row": lambda: nn.Conv2d(4, 6, 3, stride=(2, 3), padding=(1, 0)),
+    "dilated": lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), dilation=(2, 3)),
+    "grouped": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4),
+    "pointwise": lambda: nn.Conv2d(4, 6, 1, stride=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_geometry_is_exact_and_keeps_no_image_sized_kernel(graphs: list[Graph], name: str) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    features = layer(torch.rand(1, 4, 12, 13)).numel()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), layer, nn.ReLU(), nn.Flatten(), nn.Linear(features, 3)
+    ).double()
+    x, y = torch.rand(3, 2, 12, 13).double(), torch.tensor([0, 2, 1])
+    assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
+    assert len(graphs) == 2
+    assert not [node for graph in graphs for node in image_sized(graph)]
+
+
+def test_a_residual_network(graphs: list[Graph], request: pytest.FixtureRequest) -> None:
+    """Exact, with the arithmetic of the eager engine, counted on the graphs, and no truth values in inductor's."""
+    model, x, y = resnet8().double(), torch.rand(2, 3, 32, 32).double(), torch.tensor([1, 2])
+    assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
+
+    with torch.no_grad(), FlopCounter() as forward:
+        model(x)
+    nodes = [node for graph in graphs for node in graph.nodes]
+    assert 11.0 < sum(map(_flops, nodes)) / forward.total <= 12.4
+
+    if "inductor" in request.node.name:
+        assert any(node.target is aten.sign.default for node in graphs[1].nodes)
+        masks = [node for node in nodes if node.target is aten.le.Scalar]
+        assert not [node for node in masks if node.meta["val"].dim() == 4]
+
+
+def _flops(node: Node) -> int:
+    count = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if count is None:
+        return 0
+
+    def value(item: Any) -> Any:
+        return item.meta["val"] if isinstance(item, Node) else item
+
+    args = torch.utils._pytree.tree_map(value, node.args, is_leaf=lambda item: isinstance(item, Node))
+    return int(count(*args, out_val=node.meta["val"]))
