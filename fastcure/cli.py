@@ -34,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments)
     except FloatingPointError as error:
         return _fail(error, 1)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         if "FASTCURE_DEBUG" in os.environ:
             raise
         return _fail(error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail(MemoryError(f"{error}: lower --batch-size, or take a smaller --model"), 2)
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":  # one line, not one from each process of torchrun
             print(f"fastcure: {str(stop) or 'interrupted'}", file=sys.stderr)
@@ -79,7 +83,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_analyze(commands: Any) -> None:
-    from fastcure.evaluation.analyze import AnalysisSettings
+    from fastcure.evaluation.settings import AnalysisSettings
 
     parser = commands.add_parser(
         "analyze",
@@ -109,7 +113,7 @@ def _add_report(commands: Any) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser, settings: type[Any], more: Mapping[str, str] = {}) -> None:
     """Add a flag for each field of a dataclass; what is not set is left out, so that defaults are the dataclass's."""
-    kinds: dict[str, Any] = {"eps": _numbers, "mean": _numbers, "std": _numbers, "limit": int}
+    kinds: dict[str, Any] = {"eps": _numbers, "mean": _numbers, "std": _numbers, "limit": int, "microbatch": int}
     for field in fields(settings):
         name, default = field.name, field.default
         flag, words = "--" + name.replace("_", "-"), field.metadata["help"] + more.get(name, "")
@@ -142,7 +146,8 @@ def _finetune(arguments: dict[str, Any]) -> int:
 
 
 def _analyze(arguments: dict[str, Any]) -> int:
-    from fastcure.evaluation.analyze import analyze, make_analysis_settings
+    from fastcure.evaluation.analyze import analyze
+    from fastcure.evaluation.settings import make_analysis_settings
 
     analyze(make_analysis_settings(arguments))
     return 0
@@ -151,6 +156,8 @@ def _analyze(arguments: dict[str, Any]) -> int:
 def _report(arguments: dict[str, Any]) -> int:
     from fastcure.report.report import report
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("report is for one process: leave torchrun out (finetune, evaluate and analyze take it)")
     report(arguments.pop("runs"), **arguments)
     return 0
 

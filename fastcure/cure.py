@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastcure.checks import check_positive
 from fastcure.curvature import BatchStats, check_arguments, check_modes, curvature
+from fastcure.data_parallel import sent_backward_once
 from fastcure.engines import select
 from fastcure.microbatch import in_parts
 from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
@@ -94,7 +94,6 @@ class CURE(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
-        _refuse_static_graph()
         if self.microbatch is not None and self.microbatch < len(x):
             return self._in_parts(x, y, self.microbatch)
         out = curvature(
@@ -122,24 +121,16 @@ class CURE(nn.Module):
             engine=self.engine,
         )
         penalty = parts.penalty.mean()
-        if called is None:
-            return CUREOutput(parts.total, parts.loss.mean(), penalty, parts.logits)
-        loss = called[1].mean()
-        return CUREOutput(loss + parts.total, loss.detach(), penalty, called[0].detach())
+        total, loss, logits = parts.total, parts.loss.mean(), parts.logits
+        if called is not None:
+            loss = called[1].mean()
+            total, loss, logits = total + loss, loss.detach(), called[0].detach()
+        (total,) = sent_backward_once(total)
+        return CUREOutput(total, loss, penalty, logits)
 
     def extra_repr(self) -> str:
         """Show the settings in `print(cure)`."""
         return (
             f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
             f"batch_stats={self.batch_stats!r}"
-        )
-
-
-def _refuse_static_graph() -> None:
-    """Raise if a DistributedDataParallel around us takes the graph of its first step for that of every step."""
-    around = DistributedDataParallel._active_ddp_module
-    if around is not None and around.static_graph:
-        raise ValueError(
-            "CURE must not be in a DistributedDataParallel with static_graph=True: where a step's graph is not that of "
-            "the first, gradients are not averaged, without an error; leave it out (find_unused_parameters=True works)"
         )

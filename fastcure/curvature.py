@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure.checks import check_batch, check_positive
+from fastcure.checks import check_batch, check_positive, not_inside_torch_compile, refuse_transforms
+from fastcure.data_parallel import refuse_static_graph, sent_backward_once
 from fastcure.engines import ENGINES, Engine, Evaluation, select
+from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
 
 BatchStats = Literal["frozen", "split"]
@@ -54,12 +56,11 @@ def curvature(
 
     Args:
         model: the network; its normalisation is a layer of it. Flags, `.grad`s and buffers come back as they were.
-            Randomness that evaluation mode does not turn off (`F.dropout` without `self.training`) makes the penalty
-            noise.
-        x: `(B, ...)` images, floating point, pixels in [0, 1].
+            Compiled modules in it run uncompiled here.
+        x: `(B, ...)` images, floating point, pixels in [0, 1]. A model's first batch is warned of if not.
         y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
         h: L2 length of the finite step in input units, `> 0`; one number, or one a sample `(B,)`. On N values it is
-            an FGSM step of `h / sqrt(N)` a pixel (`fastcure.h_to_eps`).
+            an FGSM step of `h / sqrt(N)` a pixel (`fastcure.h_to_eps`); one too short for the precision is warned of.
         loss_fn: `(logits, y) -> (B,)`; if it is a module, its parameters are trained too.
         power: 2 for the squared norm of the paper's equations, 1 for the norm of its published code.
         engine: "auto", "eager", "compile", "first_order" (an estimator, for models without second derivatives) or
@@ -74,18 +75,19 @@ def curvature(
 
     Raises:
         TypeError: if `model` or `x` is of the wrong kind.
-        ValueError: if an argument is out of range, `x` requires grad, or a trainable tensor that is no parameter of
-            the model or of `loss_fn` takes part.
-        RuntimeError: in backward, at a second derivative, or a second backward without `retain_graph=True`.
+        ValueError: if an argument is out of range, `x` requires grad, a trainable tensor that is no parameter of the
+            model or of `loss_fn` takes part, or the model is random in evaluation mode (`F.dropout` left on).
+        RuntimeError: within forward-mode AD, `torch.func` transforms or inference mode; in backward, at a second
+            derivative, or a second backward without `retain_graph=True` or within DistributedDataParallel.
     """
     check_arguments(x, y, h, power, batch_stats, direction)
     model = unwrap(model)
     called = ModelWithLoss(model, loss_fn)(x, y) if batch_stats == "split" else None
     chosen, evaluation = evaluate(model, x, y, h, loss_fn=loss_fn, power=power, engine=engine, direction=direction)
-    loss, penalty = _Attach.apply(chosen, evaluation, *evaluation.parameters)
+    logits, (loss, penalty) = evaluation.logits, _Attach.apply(chosen, evaluation, *evaluation.parameters)
     if called is not None:
-        return Curvature(called[0].detach(), called[1], penalty)
-    return Curvature(evaluation.logits, loss, penalty)
+        logits, loss = called[0].detach(), called[1]
+    return Curvature(logits, *sent_backward_once(loss, penalty))
 
 
 def evaluate(
@@ -103,7 +105,8 @@ def evaluate(
     chosen = ENGINES[select(engine, model)[0]]
     objective = Objective(model, loss_fn)
     differentiable = objective.trainable and torch.is_grad_enabled()
-    with torch.enable_grad(), evaluation_mode(model, loss_fn):
+    warn_of_small_step(model, x, h)
+    with torch.enable_grad(), evaluation_mode(model, loss_fn), first_batch(objective, x, y):
         return chosen, chosen.forward(
             objective, x, y, h, power=power, direction=direction, differentiable=differentiable
         )
@@ -113,11 +116,12 @@ def check_arguments(
     x: Tensor, y: Tensor, h: float | Tensor, power: int, batch_stats: str, direction: Tensor | None = None
 ) -> None:
     """Check the arguments of `curvature`; it raises what that says."""
+    not_inside_torch_compile()
     check_batch(x, y, direction)
     check_positive("h", h, batch=len(x))
     check_modes(power, batch_stats)
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("the penalty is made of gradients, which torch.inference_mode forbids: use torch.no_grad")
+    refuse_transforms()
+    refuse_static_graph()
 
 
 def check_modes(power: int, batch_stats: str) -> None:
@@ -139,13 +143,21 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, w_loss: Tensor | None, w_penalty: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the curvature penalty has no second derivative: call backward without create_graph=True"
-            )
-        if ctx.state is None:
-            raise RuntimeError("the graph of this penalty was freed by an earlier backward: retain_graph=True keeps it")
-        state, retain = ctx.state, torch._C._autograd._get_current_graph_task_keep_graph()
-        if not retain:  # freed node by node while the inner backward runs, not when the caller drops the outputs
-            ctx.state = None
+        state, retain = take_state(ctx)
         return None, None, *ctx.engine.backward(state, w_loss, w_penalty, retain=retain)
+
+
+def take_state(ctx: Any) -> tuple[Any, bool]:
+    """Return `ctx.state` and whether another backward may want it; else it is freed.
+
+    Raises:
+        RuntimeError: in a backward with create_graph=True, and if an earlier one has freed it.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the curvature penalty has no second derivative: call backward without create_graph=True")
+    if ctx.state is None:
+        raise RuntimeError("the graph of this penalty was freed by an earlier backward: retain_graph=True keeps it")
+    state, retain = ctx.state, torch._C._autograd._get_current_graph_task_keep_graph()
+    if not retain:  # freed node by node while the inner backward runs, not when the caller drops the outputs
+        ctx.state = None
+    return state, retain

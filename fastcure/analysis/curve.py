@@ -51,7 +51,6 @@ def accuracy_curve(
     """
     values = []
     for radius in progress(eps):
-        generator = torch.Generator().manual_seed(seed)
-        attack = partial(pgd, eps=radius, steps=steps, norm=norm, restarts=restarts, generator=generator)
-        values.append(accuracy(model, x, y, attack if radius else None, batch_size))
+        attack = partial(pgd, eps=radius, steps=steps, norm=norm, restarts=restarts)
+        values.append(accuracy(model, x, y, attack if radius else None, batch_size, seed))
     return AccuracyCurve(torch.tensor(eps, dtype=torch.float64), torch.tensor(values, dtype=torch.float64))

@@ -12,20 +12,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure.accuracy import Attack, accuracy
+from fastcure.accuracy import right
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
 from fastcure.checklist import Check, masking_checklist, verdict
 from fastcure.data import Dataset, load
 from fastcure.evaluation.settings import EvaluationSettings
 from fastcure.objective import evaluation_mode, find_logits
-from fastcure.outside import load_model
-from fastcure.training.finetune import environment, limited, pick_device
+from fastcure.outside import load_model, placed
+from fastcure.training.finetune import environment, limited, pick_device, silent
+from fastcure.training.ranks import Ranks, Work, join, own_device
 
 Results = dict[str, Any]
 
 
 def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> Results:
     """Measure what `settings` describe; write it to `settings.out`, if given.
+
+    Under torchrun the processes share the images, with the same result, and the first of them writes and prints; the
+    checklist alone is made by each for itself.
 
     Args:
         settings: of the evaluation.
@@ -40,21 +44,27 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         ValueError, OSError, ModuleNotFoundError: before anything is written, if a setting, the data or the model is
             not as it must be.
         FloatingPointError: if an attack met a NaN.
+        MemoryError: if memory runs out.
     """
+    with join(pick_device(own_device(settings.device))) as ranks:
+        return _evaluate(settings, say if ranks.first else silent, ranks)
+
+
+def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
     assert settings.model is not None
     assert settings.dataset is not None
-    device = pick_device(settings.device)
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1])
-    model = make(settings.checkpoint, settings.mean, settings.std).to(device)
-    needs_twin = settings.checklist and settings.twin is not None
-    twin = make(settings.twin, settings.mean, settings.std).to(device) if needs_twin else None
-    _check_model(model, settings.model, data, device)
+    model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, ranks.device)
+    twin = None
+    if settings.checklist and settings.twin is not None:
+        twin = placed(make(settings.twin, settings.mean, settings.std), settings.model, ranks.device)
+    _check_model(model, settings.model, data, ranks.device)
     say(
         f"{data.name}: {len(data.x_test):,} test images of {' x '.join(map(str, data.x_test.shape[1:]))}, "
-        f"{settings.model} from {settings.checkpoint or 'its function'} on {device}, seed {settings.seed}"
+        f"{settings.model} from {settings.checkpoint or 'its function'} on {ranks}, seed {settings.seed}"
     )
-    measure = _Measure(model, data, device, settings)
+    measure = _Measure(model, data, ranks, settings)
     steps, starts = settings.steps, settings.restarts
     attacks: dict[str, tuple[str, Callable[..., Tensor]]] = {
         "fgsm": ("FGSM", lambda *args, generator, **options: fgsm(*args, **options)),
@@ -79,12 +89,11 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         results["checklist"] = [item._asdict() for item in items]
         say(verdict(items))
 
-    about = {"settings": asdict(settings), "images": len(data.x_test), "environment": environment(device)}
+    about = {"settings": asdict(settings), "images": len(data.x_test), "environment": environment(ranks.device)}
     results = {**about, **results}
-    if settings.out is not None:
-        text = json.dumps(results, indent=2) + "\n"
+    if settings.out is not None and ranks.first:
         with open(settings.out, "x") as file:
-            file.write(text)
+            file.write(json.dumps(results, indent=2) + "\n")
         say(f"results in {settings.out}")
     return results
 
@@ -92,40 +101,43 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
 class _Measure:
     """The test images, and what is measured on them."""
 
-    def __init__(self, model: nn.Module, data: Dataset, device: torch.device, settings: EvaluationSettings) -> None:
-        self.model, self.settings = model, settings
-        self.x, self.y = data.x_test.to(device), data.y_test.to(device)
+    def __init__(self, model: nn.Module, data: Dataset, ranks: Ranks, settings: EvaluationSettings) -> None:
+        self.model, self.settings, self.ranks = model, settings, ranks
+        self.x, self.y = data.x_test.to(ranks.device), data.y_test.to(ranks.device)
 
     def accuracy(self, title: str, attack: Callable[..., Tensor] | None = None, eps: float = 0.0) -> float:
-        """Accuracy under an attack, a bar of progress an image."""
-        options = {"eps": eps, "generator": torch.Generator().manual_seed(self.settings.seed)}
-        with self._bar(title, len(self.x), "image") as bar:
+        """Accuracy, clean or under an attack."""
 
-            def followed(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-                adv = x if attack is None else attack(model, x, y, **options)
-                bar.update(len(x))
-                return adv
+        def attacked(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+            return right(self.model, x, y, attack and partial(attack, eps=eps, generator=generator))
 
-            follow: Attack = followed
-            return accuracy(self.model, self.x, self.y, follow, self.settings.batch_size)
+        return float(self._map(title, attacked).double().mean())
 
     def distances(self) -> dict[str, float | None]:
         """DeepFool's L2 distances within the box, over the images classified rightly."""
-        batches = []
 
-        def kept(model: nn.Module, x: Tensor, y: Tensor, **_: Any) -> Tensor:
-            found = deepfool(model, x, y, bounds=(0.0, 1.0))
-            batches.append(found.distance[found.distance > 0])
-            return found.x_adv
+        def distance(x: Tensor, y: Tensor, _: torch.Generator) -> Tensor:
+            return deepfool(self.model, x.float() / 255, y, bounds=(0.0, 1.0)).distance
 
-        self.accuracy("DeepFool", kept)
-        distance = torch.cat(batches).double().cpu()
-        found = distance[distance.isfinite()]
+        distances = self._map("DeepFool", distance).double()
+        distances = distances[distances > 0]
+        found = distances[distances.isfinite()]
         if not len(found):
-            return {"mean": None, "median": None, "found": 0.0 if len(distance) else None}
-        middle = float(distance.median())
+            return {"mean": None, "median": None, "found": 0.0 if len(distances) else None}
+        middle = float(distances.median())
         median = middle if middle < float("inf") else None
-        return {"mean": float(found.mean()), "median": median, "found": len(found) / len(distance)}
+        return {"mean": float(found.mean()), "median": median, "found": len(found) / len(distances)}
+
+    def _map(self, title: str, work: Work) -> Tensor:
+        """Apply `work` to all images, with a bar of progress."""
+        with self._bar(title, len(self.x), "image") as bar:
+
+            def followed(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+                row = work(x, y, generator)
+                bar.update(len(x) * self.ranks.size)
+                return row
+
+            return self.ranks.map(followed, self.x, self.y, self.settings.seed, self.settings.batch_size)
 
     def checklist(self, twin: nn.Module | None) -> list[Any]:
         """The gradient-masking checklist at the last radius."""
@@ -139,10 +151,10 @@ class _Measure:
         options |= {"generator": generator, "progress": progress}
         return masking_checklist(self.model, x, self.y, self.settings.eps[-1], **options)
 
-    @staticmethod
-    def _bar(title: str, work: Any, unit: str) -> Any:
+    def _bar(self, title: str, work: Any, unit: str) -> Any:
         what = {"total": work} if isinstance(work, int) else {"iterable": work}
-        return tqdm(desc=title, leave=False, unit=unit, dynamic_ncols=True, disable=None, **what)
+        hidden = None if self.ranks.first else True
+        return tqdm(desc=title, leave=False, unit=unit, dynamic_ncols=True, disable=hidden, **what)
 
 
 def _check_model(model: nn.Module, name: str, data: Dataset, device: torch.device) -> None:

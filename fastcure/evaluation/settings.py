@@ -1,61 +1,92 @@
-"""The settings of an evaluation: their defaults, what a run says of them, and their checks."""
+"""The settings of a measurement: their defaults, what a run says of them, and their checks."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastcure.models import MODELS
 from fastcure.training.settings import setting
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """What is evaluated, and how."""
+class Measurement:
+    """Which network is measured on which images: what `evaluate` and `analyze` have in common."""
 
-    run: str | None = setting(None, "Folder of a finetune run: its model, dataset and radii are the defaults below.")
+    run: str | None = setting(None, "Folder of a finetune run: its model, weights, dataset and radii are the defaults.")
     model: str | None = setting(None, "As in `fastcure.models.build`, or package.module:function to call.")
     checkpoint: str | None = setting(None, "Weights, .safetensors or .pt; the run's after CURE.")
+    twin: str | None = setting(None, "Other weights of the same model, to compare; the run's before CURE.")
     mean: tuple[float, ...] | None = setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
     std: tuple[float, ...] | None = setting(None, "Likewise.")
     dataset: str | None = setting(None, "As in `fastcure.data.load`.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
-    eps: tuple[float, ...] = setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
-    steps: int = setting(10, "Of PGD.")
-    restarts: int = setting(1, "Random starts of PGD; the best of each image counts.")
-    spsa: bool = setting(False, "Also attack without gradients.")
-    autoattack: bool = setting(False, "Also run AutoAttack, the field's standard (slow).")
-    checklist: bool = setting(False, "Also look for gradient masking, at the last radius.")
-    twin: str | None = setting(
-        None, "For the checklist: weights of the same model, trained normally; the run's before CURE."
-    )
     limit: int | None = setting(None, "Use the first N test images only.")
-    batch_size: int = setting(256, "Images at a time.")
+    batch_size: int = setting(256, "Images at a time; under torchrun, processes share whole batches.")
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
-    seed: int = setting(0, "Of the attacks' random starts.")
+    seed: int = setting(0, "Of all that is random.")
     out: str | None = setting(None, "File for the results as JSON; must not exist.")
+
+    least: ClassVar[dict[str, int]] = {"limit": 1, "batch_size": 1, "seed": 0}
+    """The least value of each whole number."""
 
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         if self.model is None or self.dataset is None:
-            raise ValueError("what to evaluate is missing: give --run, or --model and --dataset")
-        if self.model in MODELS and self.checkpoint is None:
-            raise ValueError(f"{self.model} has random weights without --checkpoint")
-        least = {"steps": 1, "restarts": 1, "batch_size": 1, "limit": 1, "seed": 0}
-        for name, low in least.items():
+            raise ValueError("what to measure is missing: give --run, or --model and --dataset")
+        for name, low in self.least.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be >= {low}, got {value}")
-        if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
-            raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
+        if self.model in MODELS and self.checkpoint is None:
+            raise ValueError(f"{self.model} has random weights without --checkpoint")
         if self.out is not None:
             path = Path(self.out)
             if path.exists():
                 raise ValueError(f"out must be a new file, got {path}, which exists: choose another")
             if not path.parent.is_dir():
                 raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Measurement):
+    """What is evaluated, and how."""
+
+    eps: tuple[float, ...] = setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
+    steps: int = setting(10, "Of PGD.")
+    restarts: int = setting(1, "Random starts of PGD; the best of each image counts.")
+    spsa: bool = setting(False, "Also attack without gradients.")
+    autoattack: bool = setting(False, "Also run AutoAttack, the field's standard (slow).")
+    checklist: bool = setting(False, "Also look for gradient masking, at the last radius, with the twin.")
+
+    least: ClassVar[dict[str, int]] = {**Measurement.least, "steps": 1, "restarts": 1}
+
+    def __post_init__(self) -> None:
+        """Check every value; a ValueError names the first that does not fit, and what would."""
+        super().__post_init__()
+        if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
+            raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
+
+
+@dataclass(frozen=True)
+class AnalysisSettings(Measurement):
+    """What is analysed, and how."""
+
+    limit: int | None = setting(100, "Use the first N test images only.")
+    batch_size: int = setting(25, "Images at a time; under torchrun, processes share whole batches.")
+    h: float = setting(1.25, "L2 length of the finite step, in pixels in [0, 1].")
+    probes: int = setting(100, "Gaussian probes of the Frobenius norm.")
+    extremes: int = setting(5, "Eigenvalues at each end of the spectrum.")
+
+    least: ClassVar[dict[str, int]] = {**Measurement.least, "probes": 2, "extremes": 1}
+
+    def __post_init__(self) -> None:
+        """Check every value; a ValueError names the first that does not fit, and what would."""
+        super().__post_init__()
+        if not self.h > 0:
+            raise ValueError(f"h must be > 0, got {self.h}")
 
 
 def make_evaluation_settings(explicit: dict[str, Any]) -> EvaluationSettings:
@@ -65,11 +96,21 @@ def make_evaluation_settings(explicit: dict[str, Any]) -> EvaluationSettings:
         FileNotFoundError: if the run's folder is not there, or lacks its settings.
         ValueError: if these cannot be read, or a value does not fit.
     """
-    return EvaluationSettings(**{**(run_defaults(Path(explicit["run"])) if "run" in explicit else {}), **explicit})
+    return EvaluationSettings(**{**run_defaults(explicit), **explicit})
 
 
-def run_defaults(run: Path) -> dict[str, Any]:
-    """Return what a finetune run says of its model, data and radii; errors as in `make_evaluation_settings`."""
+def make_analysis_settings(explicit: dict[str, Any]) -> AnalysisSettings:
+    """Combine what the user set with what the run says, as in `make_evaluation_settings`."""
+    found = run_defaults(explicit)
+    found.pop("eps", None)
+    return AnalysisSettings(**{**found, **explicit})
+
+
+def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
+    """Return what the finetune run, if one was set, says of its model, weights, data and radii."""
+    if "run" not in explicit:
+        return {}
+    run = Path(explicit["run"])
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"run {run} must be the folder of a finetune run, but {path} does not exist")

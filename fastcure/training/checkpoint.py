@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Parts = dict[str, dict[str, Tensor]]
@@ -19,6 +21,8 @@ class Progress:
 
     data: int
     """Checksum of the images and labels."""
+    microbatch: int | None = None
+    """As in `CURE`: what was set, or what memory sufficed for."""
     phase: str = "pretrain"
     epoch: int = 0
     """Epochs of the phase that are behind."""
@@ -41,27 +45,42 @@ def pack(progress: Progress, parts: Mapping[str, Mapping[str, Tensor]]) -> bytes
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
-    return save(tensors, {"fastcure": json.dumps(asdict(progress))})
+    text = json.dumps(asdict(progress))
+    return save(tensors, {"fastcure": text, "crc32": str(_crc32(text, tensors))})
 
 
 def unpack(path: Path) -> tuple[Progress, Parts]:
     """Read what `pack` made.
 
     Raises:
-        ValueError: if the file is truncated, or another's.
+        ValueError: if the file is truncated or another's, or a bit of it is not as it was written.
     """
     from safetensors import safe_open
 
     parts: Parts = {}
     try:
         with safe_open(path, "pt") as file:
-            progress = Progress(**json.loads(file.metadata()["fastcure"]))
-            for key in file.keys():  # noqa: SIM118
-                part, _, name = key.partition("/")
-                parts.setdefault(part, {})[name] = file.get_tensor(key).clone()  # not the file's memory
+            text, checksum = (file.metadata()[name] for name in ("fastcure", "crc32"))
+            # Copies, for the memory is the file's.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        if str(_crc32(text, tensors)) != checksum:
+            raise ValueError("its checksum is not that of its content")
+        progress = Progress(**json.loads(text))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as the state of a run ({reason}): is it whole? Restore it, or choose another --out"
         ) from error
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = tensor
     return progress, parts
+
+
+def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:
+    """Return the checksum of a file's content: names, dtypes, shapes and bytes."""
+    value = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import nn
 from fastcure import __version__
 from fastcure.data import Dataset, load
 from fastcure.models import build
+from fastcure.outside import placed
 from fastcure.training.curves import draw_curves
 from fastcure.training.interrupt import Interruption
 from fastcure.training.ranks import Ranks, join, own_device
 from fastcure.training.run import Metrics, Run
-from fastcure.training.run_folder import RunFolder, load_weights
+from fastcure.training.run_folder import RunFolder, load_weights, reserved
 from fastcure.training.settings import Settings
 
 
@@ -37,12 +39,23 @@ def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: before anything is written, if a setting, the data or the
-            checkpoint is not as it must be; OSError also if the disk fills up, which loses nothing saved.
-        FloatingPointError: if training diverges.
+            checkpoint is not as it must be, or another process uses the folder; OSError also if the disk fills up,
+            which loses nothing saved.
+        FloatingPointError: at a step whose loss, penalty or gradient is not finite, unless such are skipped.
+        MemoryError: if memory does not suffice, even for one image at a time.
         Interrupted: at SIGINT or SIGTERM, once the state is saved.
     """
-    with join(pick_device(own_device(settings.device))) as ranks, Interruption(patient=ranks.size > 1) as interruption:
-        return _finetune(settings, say if ranks.first else _silent, resume, ranks, interruption)
+    with (
+        join(pick_device(own_device(settings.device))) as ranks,
+        Interruption(patient=ranks.size > 1) as interruption,
+        reserved(settings.out) if ranks.first else nullcontext(True) as free,
+    ):
+        if ranks.most(not free):
+            raise ValueError(
+                f"out must be a folder of its own, got {settings.out}, which another run uses: wait for it, or choose "
+                "another"
+            )
+        return _finetune(settings, say if ranks.first else silent, resume, ranks, interruption)
 
 
 def _finetune(
@@ -56,7 +69,7 @@ def _finetune(
         return folder.read_json("metrics.json")
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     torch.manual_seed(settings.seed)
-    model = make_model(settings, data).to(ranks.device)
+    model = placed(make_model(settings, data), settings.model, ranks.device)
     run = Run(settings, data, model, ranks, folder, interruption)
     if folder.checkpoint.exists():
         run.restore()
@@ -88,14 +101,17 @@ def _finetune(
         draw_curves(progress.history, metrics, picture, data.name)
         folder.write("curves.png", picture.getvalue())
         folder.write_json("metrics.json", metrics)
-        folder.write_json("environment.json", {**environment(ranks.device), "seconds": progress.seconds})
+        folder.write_json(
+            "environment.json",
+            {**environment(ranks.device), "microbatch": progress.microbatch, "seconds": progress.seconds},
+        )
         folder.finish()
     say(table(metrics))
     say(f"results in {folder.path} (curves.png is the picture)")
     return metrics
 
 
-def _silent(_: str) -> None:
+def silent(_: str) -> None:
     """Take the lines of the processes that do not print."""
 
 

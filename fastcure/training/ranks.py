@@ -1,16 +1,21 @@
-"""The processes that train one model together: those that torchrun started, or this one alone."""
+"""The processes that do one job together: those that torchrun started, or this one alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+
+from fastcure.accuracy import batches
+
+Work = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Takes images, labels and a source of random numbers; returns a row an image."""
 
 
 class Ranks(NamedTuple):
@@ -32,23 +37,13 @@ class Ranks(NamedTuple):
         """Return every `size`-th row of each tensor, beginning with the `rank`-th."""
         return tuple(part[self.rank :: self.size] for part in batch)
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
-        """Return `objective`, with gradients that are the mean over the processes."""
-        if self.size == 1:
-            return objective
-        return DistributedDataParallel(objective, device_ids=[self.device] if self.device.type == "cuda" else None)
-
-    def gather(self, row: Tensor) -> Tensor:
-        """Stack the row of each process: `(size, *row.shape)`, on the CPU."""
-        rows = [row.cpu()]
-        if self.size > 1:
-            rows = [torch.empty_like(rows[0]) for _ in range(self.size)]
-            dist.all_gather(rows, row.cpu())
-        return torch.stack(rows)
-
     def most(self, value: int) -> int:
         """Return the largest value of any process."""
-        return int(self.gather(torch.tensor(value, dtype=torch.int64)).max())
+        if self.size == 1:
+            return value
+        most = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     def agree(self, **values: Any) -> None:
         """Wait for the others.
@@ -71,8 +66,66 @@ class Ranks(NamedTuple):
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with those of the first process."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
+            _as_one(list(tensors), lambda flat: dist.broadcast(flat, 0))
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite each tensor with its sum over the processes."""
+        if self.size > 1:
+            _as_one(list(tensors), dist.all_reduce)
+
+    def map(self, work: Work, x: Tensor, y: Tensor, seed: int, batch_size: int) -> Tensor:
+        """Apply `work` to batches of images, each in one process; return the rows of all images, in order.
+
+        Nothing but the time depends on the number of processes.
+
+        Args:
+            work: returns `(B, ...)` for a batch of B images.
+            x, y, batch_size, seed: as in `fastcure.accuracy.batches`; all images and labels, in every process.
+
+        Returns:
+            `(N, ...)`, on the CPU.
+
+        Raises:
+            MemoryError: if memory runs out.
+            Exception: in all processes, what `work` raised in one.
+        """
+        parts = batches(x, y, batch_size, seed)
+        rows: dict[int, Tensor] = {}
+        failure: Exception | None = None
+        try:
+            for index in range(self.rank, len(parts), self.size):
+                rows[index] = work(*parts[index]).cpu()
+        except Exception as error:
+            failure = error
+            if out_of_memory(error):
+                failure = MemoryError(f"memory does not suffice for {batch_size} images at a time: lower --batch-size")
+        every: list[Any] = [(rows, failure)]
+        if self.size > 1:
+            every = [None] * self.size
+            dist.all_gather_object(every, (rows, failure))
+        for found, failure in every:
+            if failure is not None:
+                raise failure
+            rows |= found
+        return torch.cat([rows[index] for index in range(len(rows))])
+
+
+def _as_one(tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Apply a collective operation to the tensors of each dtype as to one vector: the price is by the call."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        collective(flat)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error of torch's says that memory ran out, on a GPU or on the CPU."""
+    signs = ("out of memory", "DefaultCPUAllocator", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def own_device(name: str) -> str:
@@ -97,7 +150,8 @@ def join(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # What is counted and agreed on lies on the CPU; gradients go from GPU to GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # shares of a long evaluation may differ by hours
     yield Ranks(device, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error, where it would wait for processes that wait for this one
 

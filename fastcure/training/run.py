@@ -14,22 +14,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastcure import CURE, prepare
-from fastcure.accuracy import accuracy
+from fastcure.accuracy import right
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation
 from fastcure.training.checkpoint import Parts, Progress, pack, unpack
-from fastcure.training.epoch import EpochResult, Normal, epoch_result, train_steps
+from fastcure.training.epoch import Normal, train_steps
 from fastcure.training.interrupt import Interrupted, Interruption
+from fastcure.training.optimizer import adam, load_optimizer, optimizer_tensors
 from fastcure.training.ranks import Ranks
 from fastcure.training.run_folder import RunFolder
 from fastcure.training.settings import Settings
+from fastcure.training.tally import EpochResult, Tally
 from fastcure.training.track import track_row
 
 FOLLOWED = 128
 """Test images on which clean and PGD accuracy are followed from epoch to epoch; no decision depends on them."""
 
+EVALUATED = 256
+"""Images at a time in an evaluation, unless training takes fewer at a time for want of memory."""
+
 SAVE_EVERY = 600.0
 """Seconds of training after which the state is saved within an epoch. It is at the end of each."""
+
+LOOK_EVERY = {"cpu": 1}
+"""Steps after which a device is asked whether all were finite; others after 50. It is before a save, too."""
 
 Metrics = dict[str, Any]
 
@@ -66,9 +74,9 @@ class Run:
             augment=default_augmentation(data.name) if settings.augment else None,
             generator=torch.Generator().manual_seed(settings.seed),
         )
-        self.progress = Progress(data=checksum(data))
-        self.optimizer = torch.optim.Adam(model.parameters())
-        self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        self.progress = Progress(data=checksum(data), microbatch=settings.microbatch)
+        self.optimizer = adam(model)
+        self.tally = Tally(ranks.device)
         self._saved = self._clock = 0.0
 
     def restore(self) -> None:
@@ -86,16 +94,17 @@ class Run:
             load_optimizer(self.optimizer, parts.get("optimizer", {}))
             self._generator.set_state(parts["random"]["loader"])
             torch.set_rng_state(parts["random"]["torch"])
-            rows = parts["sums"]["rows"]
-            self.sums.copy_(rows[self.ranks.rank] if len(rows) == self.ranks.size else rows.sum(0) / self.ranks.size)
+            self.tally.numbers.copy_(parts["tally"]["numbers"])
         except (RuntimeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
+        known = [n for n in (progress.microbatch, self.settings.microbatch) if n is not None]
+        progress.microbatch = min(known, default=None)
         self.progress = progress
 
     def begin_fine_tuning(self) -> None:
         """Start the second phase, with an optimiser of its own."""
         self.progress.phase, self.progress.epoch, self.progress.step = "cure", 0, 0
-        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.optimizer = adam(self.model)
 
     def train(self, epochs: int) -> None:
         """Train until the phase has had `epochs` epochs, with a row of history each."""
@@ -106,10 +115,10 @@ class Run:
             schedules = {name: settings.schedule(name) for name in ("lr", "gamma", "h")}
             options = {"power": settings.power, "engine": settings.engine, "batch_stats": settings.batch_stats}
             prepare(self.model, self.x_test[:1].float() / 255)
-            objective: nn.Module = CURE(self.model, **options)  # type: ignore[arg-type]
+            objective: CURE | Normal = CURE(self.model, microbatch=progress.microbatch, **options)  # type: ignore[arg-type]
         else:
             schedules, objective = {"lr": settings.schedule("pretrain_lr")}, Normal(self.model)
-        objective = self.ranks.wrap(objective)
+        self.ranks.copy_from_first(self.model.state_dict().values())
         self._epoch_began_at = self._generator.get_state()
         self._save()
         if cured and not progress.epoch:
@@ -118,12 +127,14 @@ class Run:
             title = f"{progress.phase} {progress.epoch + 1}/{epochs}"
             batches = self._batches(title)
             amp = torch.bfloat16 if settings.amp == "bf16" else None
-            for _ in train_steps(objective, batches, self.optimizer, schedules, self.sums, self.ranks, amp):
+            for _ in train_steps(objective, batches, self.optimizer, schedules, self.tally, self.ranks, amp):
                 progress.step += 1
+                if isinstance(objective, CURE):
+                    self._note_microbatch(objective.microbatch)
                 self._pause()
-            result = epoch_result(progress.epoch, self.ranks.gather(self.sums).sum(0))
             self.ranks.copy_from_first(self.model.buffers())  # of batch norms, which saw other images elsewhere
             self._save()
+            result = self.tally.result()
             last = progress.epoch + 1 - 1 / len(self.loader)  # of the epoch's last step
             row = {name: schedules[name].at(last) if name in schedules else 0.0 for name in ROW}
             self._end_epoch(row, result, title)
@@ -140,16 +151,50 @@ class Run:
         assert self.loader.generator is not None
         return self.loader.generator
 
-    def _batches(self, title: str) -> Iterator[tuple[float, tuple[Tensor, Tensor]]]:
-        """The batches of the epoch that are left, with the time in epochs of each."""
+    def _batches(self, title: str) -> Iterator[tuple[int, float, tuple[Tensor, Tensor]]]:
+        """The batches of the epoch that are left, each with its index and its time in epochs."""
         self._epoch_began_at = self._generator.get_state()
         step, steps = self.progress.step, len(self.loader)
         left = islice(self.loader, step, None)
         for index, batch in enumerate(self._bar(left, title, unit="step", initial=step, total=steps), step):
-            yield self.progress.epoch + index / steps, batch
+            yield index, self.progress.epoch + index / steps, batch
+
+    def _note_microbatch(self, microbatch: int | None) -> None:
+        """Remember, and say, that memory sufficed for so few images only."""
+        progress = self.progress
+        if microbatch != progress.microbatch and self.ranks.first:
+            tqdm.write(
+                f"memory ran out in step {progress.step} of epoch {progress.epoch + 1} of {progress.phase}: from there "
+                f"on, steps take {microbatch} images at a time, with the same result (--microbatch {microbatch})"
+            )
+        progress.microbatch = microbatch
+
+    def _check_finite(self) -> None:
+        """Stop if a step of the epoch was not finite; where they are skipped, if no step was.
+
+        Raises:
+            FloatingPointError: in all processes alike.
+        """
+        bad = self.tally.first_bad()
+        progress, steps = self.progress, len(self.loader)
+        if bad is None:
+            return
+        skips = self.settings.non_finite == "skip"
+        if skips and (progress.step < steps or self.tally.result().skipped < steps):
+            return
+        mend = "lower --lr or --gamma, or let gamma climb from 0"
+        raise FloatingPointError(
+            f"batch {bad.step + 1} of {steps} in epoch {progress.epoch + 1} of {progress.phase} had loss {bad.loss:g}, "
+            f"penalty {bad.penalty:g} and a gradient of norm {bad.gradient:g}"
+            + (", and all others of the epoch were skipped like it" if skips else "")
+            + (f": {mend}" if progress.phase == "cure" else ": lower --pretrain-lr")
+            + ("" if skips else "; or leave such batches out, by --resume --non-finite skip")
+        )
 
     def _pause(self) -> None:
-        """Between two steps: save if it is time, and stop if a signal came."""
+        """Between two steps: look whether they were finite, save if it is time, and stop if a signal came."""
+        if self.progress.step % LOOK_EVERY.get(self.ranks.device.type, 50) == 0:
+            self._check_finite()
         due = int(time.monotonic() - self._saved > SAVE_EVERY)
         request = self.ranks.most(self.interruption.signal or due)  # 1 is neither SIGINT nor SIGTERM
         if request:
@@ -158,16 +203,16 @@ class Run:
             raise Interrupted(request)
 
     def _save(self) -> None:
-        """Save all that the rest of the run depends on."""
+        """Save all that the rest of the run depends on, unless it is not to go on."""
+        self._check_finite()
         progress = self.progress
         progress.seconds[progress.phase] = round(time.perf_counter() - self._clock, 1)
-        rows = self.ranks.gather(self.sums)
         if self.ranks.first:
             parts: Parts = {
                 "model": self.model.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer),
                 "random": {"loader": self._epoch_began_at, "torch": torch.get_rng_state()},
-                "sums": {"rows": rows},
+                "tally": {"numbers": self.tally.numbers},
             }
             self.folder.write(self.folder.checkpoint.name, pack(progress, parts))
         self._saved = time.monotonic()
@@ -176,7 +221,7 @@ class Run:
         clean, robust = self._accuracy(FOLLOWED), self._accuracy(FOLLOWED, self.settings.eps[-1])
         progress = self.progress
         progress.epoch, progress.step = progress.epoch + 1, 0
-        self.sums.zero_()
+        self.tally.clear()
         progress.history.append(
             {
                 "phase": progress.phase,
@@ -185,6 +230,7 @@ class Run:
                 "loss": result.loss,
                 "penalty": result.penalty,
                 "train_accuracy": result.accuracy,
+                "skipped": result.skipped,
                 "clean": clean,
                 "pgd": robust,
             }
@@ -196,6 +242,7 @@ class Run:
                 f"{title:>15}  loss {result.loss:.3f}  "
                 + (f"penalty {result.penalty:.2e}  " if progress.phase == "cure" else "")
                 + f"train {result.accuracy:6.1%}  clean {clean:6.1%}  pgd({self.settings.eps[-1]:.3g}) {robust:6.1%}"
+                + (f"  skipped {result.skipped} of {len(self.loader)} steps" if result.skipped else "")
             )
 
     def _tracked(self) -> list[dict[str, Any]]:
@@ -210,17 +257,16 @@ class Run:
         return rows
 
     def _accuracy(self, count: int, eps: float | None = None) -> float:
-        """Accuracy on the first `count` test images, clean or under PGD-10; each process takes its share."""
-        whole = min(count, len(self.y_test))
-        x, y = self.ranks.share(self.x_test[:whole], self.y_test[:whole])
-        generator = torch.Generator().manual_seed(self.settings.seed)
+        """Accuracy on the first `count` test images, clean or under PGD-10; the processes share the batches."""
 
-        def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def attacked(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
             self.interruption.check()
-            return x if eps is None else pgd(model, x, y, eps=eps, steps=10, generator=generator)
+            attack = None if eps is None else partial(pgd, eps=eps, steps=10, generator=generator)
+            return right(self.model, x, y, attack)
 
-        right = round(accuracy(self.model, x, y, attack) * len(x)) if len(x) else 0
-        return int(self.ranks.gather(torch.tensor(right)).sum()) / whole
+        x, y = self.x_test[:count], self.y_test[:count]
+        batch_size = self.progress.microbatch or EVALUATED
+        return float(self.ranks.map(attacked, x, y, self.settings.seed, batch_size).double().mean())
 
     def _bar(self, work: Any, title: str, **options: Any) -> Any:
         bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if self.ranks.first else True)
@@ -237,25 +283,3 @@ def checksum(data: Dataset) -> int:
     for part in (data.x_train, data.y_train, data.x_test, data.y_test):
         value = zlib.crc32(part.contiguous().numpy().data, value)
     return value
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state of each parameter, by its place and name: `3.exp_avg`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned; options such as the learning rate stay as they are.
-
-    Raises:
-        ValueError: if it is that of another optimiser.
-    """
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    wanted = sum(len(group["params"]) for group in optimizer.param_groups)
-    if len(state) not in (0, wanted):  # torch would start the others anew
-        raise ValueError(f"the optimiser's state must be of {wanted} parameters, got {len(state)}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

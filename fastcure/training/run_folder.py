@@ -6,15 +6,16 @@ import csv
 import io
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-MAY_CHANGE = ("device", "data_dir", "out")
-"""Settings in which a resumed run may differ from its beginning: they say where things are."""
+MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite")
+"""Settings in which a resumed run may differ from its beginning: where things are, and what to do in distress."""
 
 
 class RunFolder:
@@ -126,6 +127,40 @@ class RunFolder:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+@contextmanager
+def reserved(path: str | os.PathLike[str]) -> Iterator[bool]:
+    """Keep other processes from this folder, which is made if need be, and removed if it was and stays empty.
+
+    The lock is the operating system's and ends with the process, however that ends. There is none on Windows, nor on
+    file systems that lock no folders (NFS).
+
+    Yields:
+        False if another process has it.
+    """
+    if os.name != "posix" or Path(path).is_file():
+        yield True
+        return
+    import fcntl
+
+    made = not os.path.exists(path)
+    os.makedirs(path, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        free = True
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass
+        yield free
+    finally:
+        if made:
+            with suppress(OSError):
+                os.rmdir(path)
+        os.close(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

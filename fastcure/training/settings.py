@@ -33,12 +33,18 @@ class Settings:
     pretrain_lr: str = setting("1e-3:1e-5", "Learning rate of normal training.")
     epochs: int = setting(20, "Epochs of fine-tuning with CURE.")
     batch_size: int = setting(128, "Images a step.")
+    microbatch: int | None = setting(
+        None, "Images of a step of CURE at a time, in each process: less memory; found by itself when memory runs out."
+    )
     lr: str = setting("1e-3:1e-5", "Learning rate (Adam).")
     gamma: str = setting("4x50%,8x25%,12x25%", "Weight of the penalty.")
     h: str = setting("1.25", "L2 length of the finite step, in pixels in [0, 1].")
     power: int = setting(2, "2: squared norm; 1: norm.")
     batch_stats: BatchStats = setting("frozen", "'frozen' or 'split', as in `fastcure.curvature`.")
     engine: str = setting("auto", "As in `fastcure.curvature`.")
+    non_finite: str = setting(
+        "stop", "'stop' or 'skip' (and count): what becomes of a step whose loss, penalty or gradient is not finite."
+    )
     augment: bool = setting(True, "The dataset's usual augmentation, in normal training and in fine-tuning.")
     eps: tuple[float, ...] = setting(
         (2 / 255, 4 / 255, 8 / 255, 12 / 255),
@@ -58,12 +64,13 @@ class Settings:
             "power": (1, 2),
             "batch_stats": ("frozen", "split"),
             "engine": ("auto", *ENGINES),
+            "non_finite": ("stop", "skip"),
             "amp": ("none", "bf16"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
-        least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "limit": 1, "seed": 0, "track": 0}
+        least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "microbatch": 1, "limit": 1, "seed": 0, "track": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:

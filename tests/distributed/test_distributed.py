@@ -1,5 +1,6 @@
 """Two processes that share each batch do what one does with the whole of it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import SMALL, check_equal, write_npz
-from two_processes import free_port, in_two_processes, own_loop, runs
+from safetensors.torch import load_file, save_file
+from small_runs import SMALL, check_equal, finetune, write_npz
+from two_processes import MEASURES, distress, free_port, in_two_processes, measures, own_loop, runs
+
+from fastcure.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         "resnet8", "batch_norm-gelu-average", "attention", "shared", "reference", "power one", "every parameter used",
         "unused", "partly frozen", "accumulated", "finetune on 7", "finetune on 1", "fully_shard, False",
-        "fully_shard, True",
+        "fully_shard, True", "two backwards, no_sync", "fully_shard, False, two backwards",
+        "fully_shard, True, two backwards",
     ],
 )  # fmt: skip
 def test_the_gradients_are_those_of_one_process(found: dict[str, Any], name: str) -> None:
@@ -37,32 +42,80 @@ def test_what_would_be_wrong_is_refused(found: dict[str, Any]) -> None:
     assert found["static_graph"].startswith(
         "ValueError: CURE must not be in a DistributedDataParallel with static_graph"
     )
+    for refusal in found["two backwards"]:
+        assert refusal.startswith("RuntimeError: DistributedDataParallel averages gradients in one backward a step")
     for name in ("nested", "inside"):
         assert found[name].startswith("TypeError: model must not have sharded parameters")
         assert "fully_shard(CURE(model))" in found[name]
 
 
+def said(folder: Path, name: str) -> list[tuple[int, str, str]]:
+    """Status, output and error of both processes; the second must not print."""
+    found = [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
+    assert not found[1][1], name
+    return found
+
+
 def test_a_run_of_two_is_stopped_by_either_and_resumed(tmp_path: Path) -> None:
     npz = write_npz(tmp_path / "bright.npz")
-    steps = in_two_processes(runs, npz, tmp_path, [free_port() for _ in range(5)])["steps"]
+    steps = in_two_processes(runs, npz, tmp_path, [free_port() for _ in range(5)])
     statuses = {"whole": 0, "stopped": 143, "resumed": 0, "finished": 0, "apart": 2}
-    said = {(name, rank): torch.load(tmp_path / f"{name}-{rank}.pt") for name in statuses for rank in (0, 1)}
-    for (name, rank), (status, printed, _) in said.items():
-        assert status == statuses[name], (name, rank)
-        assert printed == 0 or rank == 0, name
+    for name, status in statuses.items():
+        assert [found[0] for found in said(tmp_path, name)] == [status, status], name
     assert steps == 5  # both stopped after the step in which one was told
-    assert "stopped by SIGTERM" in said["stopped", 0][2]
-    assert "every process must see the same run" in said["apart", 1][2]
+    assert "stopped by SIGTERM" in said(tmp_path, "stopped")[0][2]
+    assert "every process must see the same run" in said(tmp_path, "apart")[1][2]
     check_equal(tmp_path / "out", tmp_path / "whole")
+
+
+def test_what_befalls_one_of_two_is_answered_by_both(tmp_path: Path) -> None:
+    npz = write_npz(tmp_path / "bright.npz")
+    in_two_processes(distress, npz, tmp_path, [free_port() for _ in range(4)])
+    statuses = {"memory": 0, "stop": 1, "skip": 0, "taken": 2}
+    found = {name: said(tmp_path, name) for name in statuses}
+    for name, status in statuses.items():
+        assert [one[0] for one in found[name]] == [status, status], name
+    assert found["memory"][0][1].count("memory ran out") == 1
+    assert "(--microbatch 5)" in found["memory"][0][1]
+    for _, _, error in found["stop"]:
+        assert "batch 2 of 3 in epoch 2 of cure had loss nan" in error
+    assert "skipped 1 of 3 steps" in found["skip"][0][1]
+    for _, _, error in found["taken"]:
+        assert "which another run uses" in error
+
+
+def test_two_measure_what_one_does(tmp_path: Path) -> None:
+    npz = write_npz(tmp_path / "bright.npz")
+    assert finetune(npz, tmp_path / "run") == 0
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    state["fc.weight"].fill_(torch.nan)
+    save_file(state, tmp_path / "nan.safetensors")
+    in_two_processes(measures, tmp_path, [free_port() for _ in range(4)])
+    for command, flags in MEASURES.items():
+        assert [found[0] for found in said(tmp_path, command)] == [0, 0]
+        one, two = tmp_path / f"{command}-one.json", tmp_path / f"{command}-two.json"
+        assert main([command, "--run", str(tmp_path / "run"), *flags, "--out", str(one)]) == 0
+        results = [json.loads(path.read_text()) for path in (one, two)]
+        for result in results:
+            del result["settings"]["out"]
+        assert results[0] == results[1]
+    for name, status, words in (("report", 2, "leave torchrun out"), ("nan", 1, "is NaN")):
+        for found in said(tmp_path, name):
+            assert found[0] == status
+            assert words in found[2]
 
 
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     npz = write_npz(tmp_path / "bright.npz")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastcure"]
-    command += ["finetune", "--dataset", f"npz:{npz}", "--out", str(tmp_path / "out"), *SMALL]
+    out = str(tmp_path / "out")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("results in") == 1
-    assert "resnet8 on 2 x cpu" in done.stdout
+    for command, words in (
+        (["finetune", "--dataset", f"npz:{npz}", "--out", out, *SMALL], "results in"),
+        (["evaluate", "--run", out, "--device", "cpu", "--eps", "0.1"], "DeepFool: L2"),
+    ):
+        arguments = [*torchrun, "fastcure", *command]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(words) == done.stdout.count("on 2 x cpu") == 1

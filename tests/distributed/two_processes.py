@@ -4,8 +4,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from networks import NETWORKS, Case, make, relative
-from small_runs import finetune
+from small_runs import SMALL
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcure import CURE
+from fastcure.cli import main
+from fastcure.cure import CUREOutput
 from fastcure.training.epoch import train_steps
 from fastcure.training.ranks import Ranks
 from fastcure.training.run import Run
+from fastcure.training.run_folder import reserved
 from fastcure.training.schedule import parse_schedule
+from fastcure.training.tally import Tally
 
 
 def in_two_processes(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -109,6 +113,20 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
     compare("partly frozen", frozen)
 
     case = case_of("resnet8")
+
+    def two_backwards(options: dict[str, Any]) -> None:
+        out = wrapped(case, {}, **options)[1](case.x[rank::2], case.y[rank::2])
+        first, second = (out.total, out.total) if "microbatch" in options else (out.loss, out.penalty)
+        first.backward(retain_graph=True)
+        second.backward()
+
+    model, ddp = wrapped(case, {})
+    with ddp.no_sync():
+        out = ddp(case.x, case.y)
+        out.loss.backward(retain_graph=True)
+        (4 * out.penalty).backward()
+    found["two backwards, no_sync"] = relative(gradient(model), truth(case))
+
     model, ddp = wrapped(case, {})
     for _ in range(2):
         model.zero_grad()
@@ -120,22 +138,29 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
 
     for rows in (7, 1):  # shares of 4 and 3, of 1 and 0
         few = Case(case.model, case.x[:rows], case.y[:rows])
-        model, ddp = wrapped(few, {})
-        optimizer = torch.optim.SGD(model.parameters())
+        model = few.copy().model
+        optimizer = torch.optim.SGD(model.parameters(), fused=True)
         schedules = {name: parse_schedule(name, "1", 1) for name in ("lr", "h", "gamma")}
         schedules["lr"] = parse_schedule("lr", "0", 1)
-        sums, ranks = torch.zeros(4).double(), Ranks(torch.device("cpu"), rank, 2)
-        list(train_steps(ddp, [(0.0, (few.x, few.y))], optimizer, schedules, sums, ranks))
+        tally, ranks = Tally(torch.device("cpu")), Ranks(torch.device("cpu"), rank, 2)
+        list(train_steps(CURE(model), [(0, 0.0, (few.x, few.y))], optimizer, schedules, tally, ranks))
         found[f"finetune on {rows}"] = relative(gradient(model), truth(few, h=1.0, gamma=1.0))
-        found[f"images of {rows}"] = float(ranks.gather(sums).sum(0)[3])
+        found[f"images of {rows}"] = float(tally.numbers[3])
 
     found["static_graph"] = refusal(lambda: wrapped(case, {"static_graph": True})[1](case.x, case.y))
+    twice: list[dict[str, Any]] = [{}, {"batch_stats": "split"}, {"microbatch": 2, "batch_stats": "split"}]
+    found["two backwards"] = [refusal(lambda options=options: two_backwards(options)) for options in twice]
     mesh = init_device_mesh("cpu", (2,))
     for reshard in (False, True):
         cure = CURE(case.copy().model)
         fully_shard(cure, mesh=mesh, reshard_after_forward=reshard)
         cure(case.x[rank::2], case.y[rank::2]).total.backward()
         found[f"fully_shard, {reshard}"] = relative(gradient(cure), truth(case))
+        cure.zero_grad()
+        out = cure(case.x[rank::2], case.y[rank::2])
+        out.loss.backward(retain_graph=True)
+        (4 * out.penalty).backward()
+        found[f"fully_shard, {reshard}, two backwards"] = relative(gradient(cure), truth(case))
     nested, inside = CURE(case.copy().model), CURE(case.copy().model)
     for module in (*nested.model.stages, nested, inside.model):
         fully_shard(module, mesh=mesh)
@@ -148,28 +173,39 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
 def refusal(call: Callable[[], object]) -> str:
     try:
         call()
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
-def runs(rank: int, npz: Path, folder: Path, ports: Iterator[int]) -> dict[str, Any]:
-    """A run in peace; one that the second process is told to stop, and its continuation; one that disagrees."""
-    found: dict[str, Any] = {}
+class Commands:
+    """Runs commands in this process as torchrun would, and keeps their status and what they printed."""
 
-    def run(name: str, out: str, *flags: str) -> None:
+    def __init__(self, rank: int, folder: Path, ports: Iterable[int]) -> None:
+        self.rank, self.folder, self.ports = rank, folder, iter(ports)
+
+    def __call__(self, name: str, *arguments: str) -> None:
+        rank = self.rank
         os.environ |= {"TORCHELASTIC_RUN_ID": name, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports))}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(self.ports))}
         printed, error = StringIO(), StringIO()
         with redirect_stdout(printed), redirect_stderr(error):
-            status = finetune(npz, folder / out, *flags)
+            status = main(list(arguments))
         if dist.is_initialized():  # after an error the process would end
             dist.destroy_process_group()
-        mine = torch.tensor(status), torch.tensor(len(printed.getvalue()))
-        found[name] = (*mine, error.getvalue())
-        torch.save(found[name], folder / f"{name}-{rank}.pt")
+        torch.save((status, printed.getvalue(), error.getvalue()), self.folder / f"{name}-{rank}.pt")
 
-    ports = iter(ports)
+
+def runs(rank: int, npz: Path, folder: Path, ports: list[int]) -> int:
+    """A run in peace; one that the second process is told to stop, and its continuation; one that disagrees.
+
+    Returns the steps that the stopped one took.
+    """
+    commands = Commands(rank, folder, ports)
+
+    def run(name: str, out: str, *flags: str) -> None:
+        commands(name, "finetune", "--dataset", f"npz:{npz}", "--out", str(folder / out), *SMALL, *flags)
+
     run("whole", "whole")
     pause, taken = Run._pause, []
 
@@ -181,9 +217,54 @@ def runs(rank: int, npz: Path, folder: Path, ports: Iterator[int]) -> dict[str, 
 
     Run._pause = signalled  # type: ignore[method-assign]
     run("stopped", "out")
-    found["steps"] = len(taken)
     Run._pause = pause  # type: ignore[method-assign]
     run("resumed", "out", "--resume")
     run("finished", "out", "--resume")
     run("apart", f"own-{rank}" if rank else "out", "--resume")
-    return found
+    return len(taken)
+
+
+def distress(rank: int, npz: Path, folder: Path, ports: list[int]) -> None:
+    """Runs in which one process alone lacks memory or meets what is not finite, or the folder is taken."""
+    commands, forward = Commands(rank, folder, ports), CURE.forward
+
+    def run(name: str, *flags: str) -> None:
+        commands(name, "finetune", "--dataset", f"npz:{npz}", "--out", str(folder / name), *SMALL, *flags)
+
+    def small(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
+        out = forward(cure, x, y)
+        if rank == 1 and min(cure.microbatch or len(x), len(x)) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return out
+
+    def spoilt(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
+        steps.append(1)
+        factor = torch.nan if rank == 1 and len(steps) == 5 else 1
+        return CUREOutput(*(part * factor for part in forward(cure, x, y)))
+
+    CURE.forward = small  # type: ignore[method-assign]
+    run("memory")
+    CURE.forward = spoilt  # type: ignore[method-assign]
+    for name, *flags in (("stop",), ("skip", "--non-finite", "skip")):
+        steps: list[int] = []
+        run(name, *flags)
+    CURE.forward = forward  # type: ignore[method-assign]
+    with reserved(folder / "taken") if rank == 0 else nullcontext():
+        run("taken")
+
+
+def measures(rank: int, folder: Path, ports: list[int]) -> None:
+    """What is measured of the run in `folder`, with one dataset of an odd number of batches, and what is refused."""
+    commands = Commands(rank, folder, ports)
+    for command, flags in MEASURES.items():
+        commands(command, command, "--run", str(folder / "run"), *flags, "--out", str(folder / f"{command}-two.json"))
+    commands("report", "report", str(folder / "run"))
+    nan = folder / "nan.safetensors"
+    commands("nan", "evaluate", "--run", str(folder / "run"), "--checkpoint", str(nan))
+
+
+MEASURES = {
+    "evaluate": "--batch-size 5 --eps 0.05,0.1 --restarts 2 --spsa --steps 3 --device cpu".split(),
+    "analyze": "--batch-size 5 --limit 13 --probes 3 --extremes 2 --device cpu".split(),
+}
+"""Batches are of 5, so that 24 images are 5 batches."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastcure.evaluation.evaluate as evaluation
-from fastcure.attacks import autoattack
+from fastcure.accuracy import batches
+from fastcure.attacks import autoattack, pgd
 from fastcure.cli import main
-from fastcure.models import Normalize, resnet8
-from fastcure.outside import load_model
+from fastcure.models import Normalize, build, resnet8
+from fastcure.outside import load_model, placed
 
 OUTSIDE = """
 from torch import nn
@@ -193,6 +194,19 @@ def test_what_cannot_be_attacked_has_no_distance(place: Place, capsys: pytest.Ca
     assert "DeepFool: L2 distance -, median -, found for 0.0%" in capsys.readouterr().out
 
 
+def test_weights_lie_where_they_are_fast_and_compute_the_same() -> None:
+    x = torch.rand(3, 1, 8, 8)
+    for name, last in (("resnet8", True), ("resnet18", False)):
+        model = build(name, channels=1).eval()
+        before = model(x)
+        assert placed(model, name, torch.device("cpu")) is model
+        weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)][1:]
+        assert [weight.is_contiguous() for weight in weights] == [
+            not last or weight.shape[2] == 1 for weight in weights
+        ]
+        assert torch.allclose(model(x), before, atol=1e-5)
+
+
 OUT = ["--model", "outside_networks:network", "--dataset", "npz:data.npz"]
 
 
@@ -263,6 +277,31 @@ def test_a_network_of_nan_is_status_one(place: Place, capsys: pytest.CaptureFixt
     assert main(["evaluate", *OUT, "--checkpoint", "nan.pt", "--out", "out.json"]) == 1
     assert "samples is NaN" in capsys.readouterr().err
     assert not (place.path / "out.json").exists()
+
+
+def test_without_memory_the_batch_size_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        return torch.empty(2**55)
+
+    monkeypatch.setattr(evaluation, "pgd", fail)
+    assert main(["evaluate", "--run", "run", "--out", "out.json"]) == 2
+    error = capsys.readouterr().err
+    assert error == "fastcure: error: memory does not suffice for 256 images at a time: lower --batch-size\n"
+    assert not (place.path / "out.json").exists()
+
+
+def test_a_batch_finds_the_same_whoever_takes_it(place: Place) -> None:
+    """Every second batch on its own, as one of two processes has it."""
+    x, y, found = place.x, place.y, []
+    for mine in (slice(None), slice(0, None, 2), slice(1, None, 2)):
+        rows = [pgd(place.model, a, b, eps=0.05, steps=2, generator=g) for a, b, g in batches(x, y, 7, seed=3)[mine]]
+        found.append(rows)
+    whole, even, odd = found
+    assert len(whole) == 5
+    assert all(torch.equal(*pair) for pair in zip(whole[::2] + whole[1::2], even + odd, strict=True))
+    assert not torch.equal(whole[0] - x[:7], whole[1] - x[7:14])
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed(place: Place) -> None:

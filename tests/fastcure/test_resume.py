@@ -1,8 +1,12 @@
 """A run that goes on is the run that was not stopped; what is not a run is left alone."""
 
-import json
+import errno
+import fcntl
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,9 @@ from small_runs import check_equal, contents, finetune, write_npz
 
 import fastcure.training.run as run_module
 from fastcure.cli import main
+from fastcure.training.checkpoint import pack, unpack
 from fastcure.training.run import Run
+from fastcure.training.run_folder import reserved
 
 
 class Killed(BaseException):
@@ -123,7 +129,7 @@ def test_without_resume_it_is_refused_and_resume_is_named(
         (["--eps", "0.1,0.2"], "eps must be [0.1] as in the run"),
         (["--no-augment"], "augment must be True as in the run"),
         (["--preset", "svhn-paper"], "preset must be None as in the run"),
-        (["--limit", "10"], "got 10: leave it out, or choose another --out (device, data_dir, out may change)"),
+        (["--limit", "10"], "got 10: leave it out, or choose another --out"),
     ],
 )
 def test_other_settings_are_refused_with_both_values(
@@ -165,12 +171,32 @@ def test_a_truncated_checkpoint_is_refused(
     refused(half, npz, capsys, "cannot be read as the state of a run")
 
 
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(
+    half: Path, npz: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = half / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    unpack(path)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    random.seed(0)
+    for end, count in ((8, 8), (header, 150), (len(whole), 50)):
+        for _ in range(count):
+            damaged = bytearray(whole)
+            damaged[random.randrange(end)] ^= 1 << random.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="cannot be read as the state of a run"):
+                unpack(path)
+    damaged = bytearray(whole)
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    refused(half, npz, capsys, "its checksum is not that of its content): is it whole?")
+
+
 @pytest.mark.parametrize("kind", ["not safetensors", "weights", "another model's", "no optimiser", "no json"])
 def test_a_foreign_checkpoint_is_refused(
     half: Path, npz: Path, whole: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     path = half / "checkpoint.safetensors"
-    progress = json.dumps({"data": 0})
     message = "cannot be read as the state of a run"
     if kind == "not safetensors":
         path.write_bytes(b"\x00" * 100)
@@ -179,16 +205,12 @@ def test_a_foreign_checkpoint_is_refused(
     elif kind == "no json":
         save_file({"model/a": torch.zeros(1)}, path, {"fastcure": "{"})
     else:
-        import safetensors
-
-        with safetensors.safe_open(path, "pt") as file:
-            progress = file.metadata()["fastcure"]
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        state, parts = unpack(path)
         if kind == "no optimiser":
-            tensors = {key: value for key, value in tensors.items() if not key.startswith("optimizer/3.")}
+            parts["optimizer"] = {key: value for key, value in parts["optimizer"].items() if not key.startswith("3.")}
         else:
-            tensors["model/fc.weight"] = torch.zeros(7, 7)
-        save_file(tensors, path, {"fastcure": progress})
+            parts["model"]["fc.weight"] = torch.zeros(7, 7)
+        path.write_bytes(pack(state, parts))
         message = "does not fit this run"
     refused(half, npz, capsys, message)
 
@@ -209,6 +231,47 @@ def test_a_config_that_is_none_is_refused(
 def test_a_folder_of_other_things_is_refused(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("all of it")
     refused(tmp_path, npz, capsys, "without config.json: choose another")
+
+
+def test_a_folder_in_use_is_refused(
+    half: Path, npz: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (half, tmp_path / "new"):
+        with reserved(out):
+            before = contents(out)
+            assert finetune(npz, out, "--resume") == 2
+            error = capsys.readouterr().err
+            assert error == f"fastcure: error: out must be a folder of its own, got {out}, which another run uses: " \
+                "wait for it, or choose another\n"  # fmt: skip
+            assert contents(out) == before
+    assert not (tmp_path / "new").exists()
+    assert finetune(npz, half, "--resume") == 0
+    check_equal(half, whole)
+
+
+def test_the_lock_of_a_folder_dies_with_its_process(tmp_path: Path) -> None:
+    code = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
+    code += "print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with reserved(tmp_path) as free:
+            assert not free
+        holder.kill()
+        holder.wait()
+        with reserved(tmp_path) as free:
+            assert free
+
+
+def test_where_folders_cannot_be_locked_none_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # NFS
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with reserved(tmp_path / "out") as free:
+        assert free
+    assert not (tmp_path / "out").exists()
 
 
 def refused(out: Path, npz: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:

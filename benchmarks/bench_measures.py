@@ -1,0 +1,77 @@
+"""What each measure brings: the eager step with one of them left out at a time, taking turns in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from record import write
+from steps import cure, standard
+from timing import medians, peak_mib
+from torch import Tensor, nn
+from torch.nn import functional as F
+from workloads import DEVICE, Workload
+
+from fastcure import layers, models
+from fastcure.convolution import Geometry, Phase
+
+WORKLOADS = (
+    [Workload("resnet8", 128), Workload("resnet18", 16)]
+    if DEVICE.type == "cpu"
+    else [Workload("resnet18", batch, amp) for batch in (128, 512) for amp in (torch.float32, torch.bfloat16)]
+)
+ROWS: list[dict[str, object]] = []
+
+
+def torchs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:
+    """Convolve with torch's own rules."""
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+@contextmanager
+def torchs_rules() -> Iterator[None]:
+    """Give the eager engine torch's own double backward of convolutions."""
+    ours = layers.convolve
+    layers.convolve = torchs_convolution
+    try:
+        yield
+    finally:
+        layers.convolve = ours
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
+    model, x, y = workload.build()
+    plain = models.build(workload.model).to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    other, x_other, _ = workload._replace(channels_last=False).build()
+    eager, oracle = cure("eager"), cure("reference")
+
+    def without_rules(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        with torchs_rules():
+            eager(model, x, y)
+
+    def work(step: Callable[[nn.Module, Tensor, Tensor], None], model: nn.Module, x: Tensor) -> None:
+        with workload.precision():
+            step(model, x, y)
+
+    works = {
+        "standard step": partial(work, standard, model, x),
+        "all": partial(work, eager, model, x),
+        "without folding and fusing": partial(work, eager, plain, x),
+        "without our rules of convolutions": partial(work, without_rules, model, x),
+        "contiguous, not channels_last": partial(work, eager, other, x_other),
+        "none shared: the oracle": partial(work, oracle, plain, x),
+    }
+    memory = {title: (run(), peak_mib(run))[1] for title, run in works.items()}
+    times = medians(benchmark, works)
+    print(f"\n{workload}, {DEVICE}, medians")
+    for title, seconds in times.items():
+        ratio = seconds / times["all"]
+        print(f"  {title:<36} {seconds * 1e3:9.1f} ms  {ratio:5.2f} x all of them  {memory[title]:6d} MiB")
+        row = {"model": workload.model, "batch": workload.batch, "dtype": str(workload.amp).removeprefix("torch.")}
+        row |= {"measures": title, "milliseconds": round(seconds * 1e3, 3), "ratio_to_all": round(ratio, 3)}
+        ROWS.append({**row, "peak_MiB": memory[title]})
+    write(f"measures-{DEVICE.type}", ROWS, DEVICE)

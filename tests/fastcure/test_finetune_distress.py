@@ -1,0 +1,372 @@
+"""What becomes of a run in distress: steps that are not finite, and memory that does not suffice."""
+
+import copy
+import csv
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import COMPARED, check_equal, contents, finetune, write_npz
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcure.training.run as run_module
+from fastcure import CURE
+from fastcure.cure import CUREOutput
+from fastcure.models import resnet8
+from fastcure.training.epoch import Normal, train_steps
+from fastcure.training.optimizer import adam
+from fastcure.training.ranks import Ranks
+from fastcure.training.run import Run
+from fastcure.training.schedule import parse_schedule
+from fastcure.training.tally import Tally
+
+Forward = Callable[[CURE, Tensor, Tensor], CUREOutput]
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_npz(tmp_path_factory.mktemp("npz") / "bright.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without distress."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert finetune(npz, out) == 0
+    return out
+
+
+def lost_gradient(out: CUREOutput, cure: CURE) -> CUREOutput:
+    """Loss and penalty are finite; the gradient is not."""
+    weight = next(cure.parameters())
+    return out._replace(total=out.total + (weight * 0).sqrt().sum())
+
+
+POISONS: dict[str, Callable[[CUREOutput, CURE], CUREOutput]] = {
+    "loss": lambda out, _: out._replace(total=out.total * torch.nan, loss=out.loss * torch.nan),
+    "penalty": lambda out, _: out._replace(total=out.total + torch.inf, penalty=out.penalty + torch.inf),
+    "gradient": lost_gradient,
+}
+
+
+def poison(patch: pytest.MonkeyPatch, where: Callable[[int, Tensor], bool], kind: str = "loss") -> None:
+    """Spoil the steps of CURE for which `where(how many there were, x)`."""
+    forward, steps = CURE.forward, []
+
+    def poisoned(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
+        steps.append(1)
+        out = forward(cure, x, y)
+        return POISONS[kind](out, cure) if where(len(steps), x) else out
+
+    patch.setattr(CURE, "forward", poisoned)
+
+
+def every_third(_: int, x: Tensor) -> bool:
+    """A property of the batch itself, which a resumed run meets again."""
+    return int(x.double().sum() * 1000) % 3 == 0
+
+
+def kill_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Save after every step, and die in the one after `steps` of them, before it is saved."""
+    pause, taken = Run._pause, []
+
+    def killing(run: Run) -> None:
+        taken.append(1)
+        if len(taken) > steps:
+            raise Killed
+        pause(run)
+
+    patch.setattr(run_module, "SAVE_EVERY", -1.0)
+    patch.setattr(Run, "_pause", killing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "look"),
+    [("loss", "loss nan, penalty ", 1), ("penalty", "penalty inf ", 50), ("gradient", "a gradient of norm nan", 50)],
+)
+def test_the_first_step_that_is_not_finite_stops_the_run(
+    npz: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    values: str,
+    look: int,
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "LOOK_EVERY", {"cpu": look})  # 50: as on a GPU, at the end of the epoch
+        poison(patch, lambda step, _: step in (5, 6), kind)
+        assert finetune(npz, out) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastcure: error: batch 2 of 3 in epoch 2 of cure had loss ")
+    assert values in error
+    assert error.endswith("lower --lr or --gamma, or let gamma climb from 0; or leave such batches out, by --resume "
+                          "--non-finite skip\n")  # fmt: skip
+    assert finetune(npz, out, "--resume") == 0  # what was saved is from before it
+    check_equal(out, whole)
+
+
+def history(out: Path) -> list[dict[str, str]]:
+    with (out / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_they_are_skipped_and_counted(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    poison(monkeypatch, lambda step, _: step in (4, 6), kind)
+    assert finetune(npz, tmp_path / "out", "--non-finite", "skip") == 0
+    rows = history(tmp_path / "out")
+    assert [row["skipped"] for row in rows] == ["0", "0", "2"]
+    assert all(torch.tensor([float(row["loss"]), float(row["penalty"])]).isfinite().all() for row in rows)
+    assert capsys.readouterr().out.count("skipped 2 of 3 steps") == 1
+
+
+def test_with_skipped_steps_a_killed_run_ends_the_same(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, every_third)
+    assert finetune(npz, tmp_path / "whole", "--non-finite", "skip") == 0
+    assert sum(int(row["skipped"]) for row in history(tmp_path / "whole")) in range(1, 5)
+    random.seed(0)
+    kills, status = 0, None
+    while status is None and kills < 100:
+        with monkeypatch.context() as patch:
+            kill_after(patch, random.randint(1, 3))
+            try:
+                status = finetune(npz, tmp_path / "out", "--non-finite", "skip", "--resume")
+            except Killed:
+                kills += 1
+    assert status == 0
+    assert kills >= 3
+    check_equal(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_run_that_stopped_may_go_on_with_skipping(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, every_third)
+    assert finetune(npz, tmp_path / "whole", "--non-finite", "skip") == 0
+    assert finetune(npz, tmp_path / "out") == 1
+    assert finetune(npz, tmp_path / "out", "--resume", "--non-finite", "skip") == 0
+    check_equal(tmp_path / "out", tmp_path / "whole")
+
+
+def test_an_epoch_of_nothing_else_stops_the_run(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, lambda step, _: step > 3)
+    assert finetune(npz, tmp_path / "out", "--non-finite", "skip") == 1
+    error = capsys.readouterr().err
+    assert "batch 1 of 3 in epoch 2 of cure had loss nan" in error
+    assert "and all others of the epoch were skipped like it" in error
+
+
+@pytest.mark.parametrize("objective", [Normal, CURE, "split"])
+def test_a_skipped_step_leaves_no_trace(objective: Any) -> None:
+    torch.manual_seed(0)
+    first = resnet8(classes=3)
+    x, y = torch.rand(3, 6, 3, 8, 8), torch.randint(3, (3, 6))
+    schedules = {"lr": parse_schedule("lr", "1e-2", 1)}
+    found = []
+    for batches in ([0, 1, 2], [0, 2]):
+        model = copy.deepcopy(first)
+        wrapped = CURE(model, batch_stats="split") if objective == "split" else objective(model)
+        optimizer, tally = adam(model), Tally(torch.device("cpu"))
+        work = [(i, 0.0, (x[i] * (torch.nan if i == 1 else 1), y[i])) for i in batches]
+        list(train_steps(wrapped, work, optimizer, schedules, tally, Ranks(torch.device("cpu"))))
+        found.append([*model.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())])
+        bad = tally.first_bad()
+        assert (bad and bad.step) == (1 if 1 in batches else None)
+        assert tally.numbers[3] == 12
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that Python takes out of tensors: each would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class Plain(Normal):
+    """Without the look at the labels, which is for the CPU alone."""
+
+    def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
+        logits = self.model(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        return CUREOutput(loss, loss, torch.zeros(()), logits)
+
+
+def test_no_step_reads_a_value() -> None:
+    x, y = torch.rand(3, 6, 3, 8, 8), torch.randint(3, (3, 6))
+    x[1] = torch.nan
+    model, tally, cpu = resnet8(classes=3), Tally(torch.device("cpu")), torch.device("cpu")
+    with Reads() as reads:
+        work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
+        list(train_steps(Plain(model), work, adam(model), {"lr": parse_schedule("lr", "1", 1)}, tally, Ranks(cpu)))
+        assert reads.count == 0
+        assert bool(tally.numbers[4] == 1)
+        assert reads.count == 1
+
+
+def allocate() -> None:
+    torch.empty(2**55)  # the CPU's own error
+
+
+def run_out() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+
+def limit_memory(patch: pytest.MonkeyPatch, images: int, fail: Callable[[], None] = run_out) -> None:
+    """Let a step of CURE fail, after its work, unless it takes at most `images` at a time."""
+    forward = CURE.forward
+
+    def limited(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
+        out = forward(cure, x, y)
+        torch.rand(1)
+        if min(cure.microbatch or len(x), len(x)) > images:
+            fail()
+        return out
+
+    patch.setattr(CURE, "forward", limited)
+
+
+def test_the_step_is_repeated_on_fewer_images_at_a_time(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit_memory(monkeypatch, 6, allocate)
+    assert finetune(npz, tmp_path / "found") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("memory ran out in step 1 of epoch 1 of cure") == printed.count("memory ran out") == 1
+    assert "(--microbatch 5)" in printed  # 20, 10, 5
+    assert finetune(npz, tmp_path / "given", "--microbatch", "5") == 0
+    for name in ("original.safetensors", "model.safetensors"):
+        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+    assert "memory" not in capsys.readouterr().out
+
+
+def test_a_repeated_step_leaves_no_trace_of_the_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.ReLU(), nn.Linear(9, 3))
+    x, y = torch.rand(3, 8, 3, 2, 2), torch.randint(3, (3, 8))
+    schedules = {"lr": parse_schedule("lr", "1e-2", 1)}
+    limit_memory(monkeypatch, 3)
+    found = []
+    for microbatch in (None, 2):
+        model = copy.deepcopy(first)
+        cure, optimizer = CURE(model, batch_stats="split", microbatch=microbatch), adam(model)
+        torch.manual_seed(1)  # of dropout
+        work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
+        list(train_steps(cure, work, optimizer, schedules, Tally(torch.device("cpu")), Ranks(torch.device("cpu"))))
+        assert cure.microbatch == 2  # 8, 4, 2
+        found.append([*model.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_resumed_run_remembers_how_many(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        limit_memory(patch, 6)
+        assert finetune(npz, tmp_path / "whole") == 0
+        kill_after(patch, 5)
+        with pytest.raises(Killed):
+            finetune(npz, tmp_path / "out")
+    capsys.readouterr()
+    assert finetune(npz, tmp_path / "out", "--resume") == 0  # with memory for all
+    assert "memory" not in capsys.readouterr().out
+    check_equal(tmp_path / "out", tmp_path / "whole")
+
+
+def test_microbatches_of_a_run_are_exact_up_to_rounding(npz: Path, whole: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert finetune(npz, tmp_path / "out", "--microbatch", "7") == 0
+    one, two = (load_file(out / "model.safetensors") for out in (whole, tmp_path / "out"))
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-3) for name in one)
+
+
+@pytest.mark.parametrize("fail", [run_out, allocate])
+def test_without_memory_for_one_image_it_is_an_error(
+    npz: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fail: Callable[[], None],
+) -> None:
+    limit_memory(monkeypatch, 0, fail)
+    assert finetune(npz, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "a step of CURE, even with the penalty on one image at a time: lower --batch-size" in error
+
+
+def test_normal_training_needs_the_whole_batch(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Normal, "forward", lambda *_: run_out())
+    assert finetune(npz, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "normal training on 20 images" in error
+    assert "lower --batch-size" in error
+
+
+def test_memory_that_runs_out_elsewhere_is_one_line_too(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "prepare", lambda *_: run_out())
+    assert finetune(npz, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "CUDA out of memory" in error
+    assert "lower --batch-size, or take a smaller --model" in error
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(CURE, "forward", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        finetune(npz, tmp_path / "out")
+
+
+def test_an_evaluation_takes_no_more_at_a_time_than_training(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack, sizes = run_module.pgd, []
+
+    def counted(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        sizes.append(len(x))
+        return attack(model, x, y, **options)
+
+    monkeypatch.setattr(run_module, "pgd", counted)
+    assert finetune(npz, tmp_path / "out", "--microbatch", "7") == 0
+    assert max(sizes) == 7
+
+
+def test_bad_choices_are_refused(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, message in (
+        (["--non-finite", "ignore"], "non_finite must be one of stop, skip, got 'ignore'"),
+        (["--microbatch", "0"], "microbatch must be >= 1, got 0"),
+    ):
+        assert finetune(npz, tmp_path / "out", *flags) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert set(COMPARED) & set(contents(tmp_path)) == set()
