@@ -4,7 +4,8 @@ In evaluation mode a batch norm is an affine map of each channel, `s x + t` with
 `t = bias - s mean`. Written so, its double backward is a few products instead of a dozen passes; and since
 `s (W * x) + t = (s W) * x + t`, one that alone follows a convolution is folded into it, and costs a product of the size
 of the weights. Gradients reach the weight of the convolution and the weight and bias of the batch norm as before.
-Convolutions take the rules of `fastcure.convolution`.
+Convolutions take the rules of `fastcure.convolution`. Where it runs as a kernel of ours, the sum of what they return,
+the bias of the fold and a shortcut is left pending until the ReLU behind it takes it in one pass (`fastcure.pending`).
 
 A module is left alone if it is of a subclass, has hooks or parametrisations, or a `forward` of its own.
 """
@@ -13,15 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from fastcure_kernels.backend import use_triton
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastcure.convolution import Geometry, Phase, convolve
+from fastcure.pending import Pending
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -32,6 +36,8 @@ class Fold(NamedTuple):
 
     layer: nn.Module
     norm: nn.Module
+    fused: bool = False
+    """Whether ReLUs alone take the output of the batch norm, as it is or added to something."""
 
 
 FOLDS: WeakKeyDictionary[nn.Module, list[Fold]] = WeakKeyDictionary()
@@ -78,30 +84,38 @@ class Output(Tensor):
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
 
 
+@dataclass
+class Watch:
+    """What became of the outputs of folded layers, for `fastcure.prepare`, which leaves the fused ones pending."""
+
+    outputs: list[ref[Output]] = field(default_factory=list)
+    pending: list[tuple[nn.Module, ref[Pending]]] = field(default_factory=list)
+    """With the batch norm of each."""
+    takers: dict[nn.Module, list[str]] = field(default_factory=dict)
+    """The operators that took what a batch norm returned."""
+
+
 @contextmanager
 def cheaper_layers(
-    model: nn.Module, folds: Iterable[Fold] | None = None, phase: Phase | None = None
-) -> Iterator[list[ref[Output]]]:
+    model: nn.Module, folds: Iterable[Fold] | None = None, phase: Phase | None = None, watch: Watch | None = None
+) -> Iterator[None]:
     """Compute the layers of `model`, which is in evaluation mode, as this file says.
 
     Args:
         model: the network.
         phase: tells its convolutions which gradients are wanted, now and later.
         folds: pairs to compute as one; those of `folds_of(model)` if None.
-
-    Yields:
-        The outputs of folded layers as they come.
+        watch: is told what takes their outputs.
 
     Raises:
         UsedElsewhereError: within, if a folded layer's output goes anywhere but to its batch norm.
     """
     folded = {fold.layer: fold for fold in (folds_of(model) if folds is None else folds)}
-    outputs: list[ref[Output]] = []
     phase = phase or Phase()
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
         if module in folded:
-            forwards[module] = _folded(folded[module], phase, outputs)
+            forwards[module] = _folded(folded[module], phase, watch)
         elif type(module) in CONVOLUTIONS and plain(module):
             forwards[module] = _convolution(module, phase)
         elif type(module) in NORMS and has_statistics(module) and plain(module):
@@ -109,7 +123,7 @@ def cheaper_layers(
     try:
         for module, forward in forwards.items():
             module.forward = forward
-        yield outputs
+        yield
     finally:
         for module in forwards:
             vars(module).pop("forward", None)
@@ -118,7 +132,7 @@ def cheaper_layers(
 def folds_of(model: nn.Module) -> list[Fold]:
     """Return the pairs that `fastcure.prepare` found in `model` and that are still there and plain."""
     modules = set(model.modules())
-    return [fold for fold in FOLDS.get(model, ()) if modules.issuperset(fold) and all(map(plain, fold))]
+    return [fold for fold in FOLDS.get(model, ()) if modules.issuperset(fold[:2]) and all(map(plain, fold[:2]))]
 
 
 def plain(module: nn.Module) -> bool:
@@ -178,18 +192,49 @@ def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _folded(fold: Fold, phase: Phase, outputs: list[ref[Output]]) -> Callable[[Tensor], Tensor]:
+def _folded(fold: Fold, phase: Phase, watch: Watch | None) -> Callable[[Tensor], Tensor]:
     layer: Any = fold.layer
+    folded = _once(fold)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if fold.norm.training or input.dim() != layer.weight.dim():
             return _apply(layer, input, layer.weight, layer.bias, phase)
-        s, t = channel_map(fold.norm)
-        weight = layer.weight * s.reshape(-1, *[1] * (layer.weight.dim() - 1))
-        bias = t if layer.bias is None else t + s * layer.bias
-        dtype = layer.weight.dtype  # that of the norm may be wider
-        out = Output.of(fold, _apply(layer, input, weight.to(dtype), bias.to(dtype), phase))
-        outputs.append(ref(out))
+        weight, bias = folded()
+        kernel = use_triton(input)
+        # Elsewhere the libraries add a bias for nothing, and a ReLU of a sum is two passes in any case.
+        if not fold.fused or not (kernel or watch):
+            out = Output.of(fold, _apply(layer, input, weight, bias, phase))
+        else:
+            apart = kernel and not isinstance(layer, nn.Linear)
+            x = _apply(layer, input, weight, None if apart else bias, phase)
+            takers = (watch.takers.setdefault(fold.norm, []),) if watch else ()
+            total = Pending.of(x, bias.to(x.dtype) if apart else None, None, takers)
+            out = Output.of(fold, total)
+            if watch:
+                watch.pending.append((fold.norm, ref(total)))
+        if watch:
+            watch.outputs.append(ref(out))
         return out
 
     return forward
+
+
+def _once(fold: Fold) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return what folds: both points of the penalty take one weight and bias, unless their parts change in between."""
+    layer: Any = fold.layer
+    norm: Any = fold.norm
+    parts: list[Any] = []
+    result: list[Tensor] = []
+
+    def folded() -> tuple[Tensor, Tensor]:
+        tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        state = [torch.is_grad_enabled(), *[part._version for part in tensors if part is not None]]
+        if parts[:1] != [state] or any(old is not new for old, new in zip(parts[1:], tensors, strict=True)):
+            s, t = channel_map(norm)
+            dtype = layer.weight.dtype  # that of the norm may be wider
+            weight = layer.weight * s.reshape(-1, *[1] * (layer.weight.dim() - 1))
+            bias = t if layer.bias is None else t + s * layer.bias
+            parts[:], result[:] = [state, *tensors], (weight.to(dtype), bias.to(dtype))
+        return result[0], result[1]
+
+    return folded

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from fastcure.checks import check_images
 from fastcure.engines import select
+from fastcure.engines.graph import twice_differentiable
 from fastcure.layers import (
     CONVOLUTIONS,
     FOLDS,
     NORMS,
     Fold,
     UsedElsewhereError,
+    Watch,
     cheaper_layers,
     folds_of,
     has_statistics,
     plain,
 )
 from fastcure.objective import evaluation_mode, unwrap
+from fastcure.pending import RELU, OverwrittenError, Pending
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
 
@@ -29,7 +34,8 @@ LAYERS = (*CONVOLUTIONS, nn.Linear)
 def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     """Let the penalty fold the batch norms of `model` into the layers before them, where that gives the same value.
 
-    The model is run a few times to see which batch norm alone takes the output of a convolution or linear layer. It is
+    The model is run a few times to see which batch norm alone takes the output of a convolution or linear layer, and
+    whether ReLUs alone take the batch norm's, with or without a shortcut: on a GPU those are one kernel. The model is
     not changed: class, state dict, hooks and ordinary forward stay what they are. Only the evaluation-mode passes of
     `fastcure.curvature` and `CURE` compute the pairs that were found as one layer, and raise an error if one is no pair
     any more. Call it again after changing the model's structure, and on a copy of the model.
@@ -43,7 +49,7 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     """
     check_images(x.detach() if isinstance(x, Tensor) else x)
     inner = unwrap(model)
-    FOLDS[inner] = _find(inner, x)[0]
+    FOLDS[inner] = _fuse(inner, x, _find(inner, x)[0]).folds
     return model
 
 
@@ -52,7 +58,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> str:
 
     Args:
         model: the network.
-        x: `(B, ...)` images; with them, why a batch norm is not folded is told as well.
+        x: `(B, ...)` images; with them, how many ReLUs can be fused with the convolution's bias and the shortcut
+            before them, and why a batch norm is not folded or its output not left to a ReLU, are told as well.
     """
     inner = unwrap(model)
     engine, reason = select("auto", inner)
@@ -64,9 +71,13 @@ def explain(model: nn.Module, x: Tensor | None = None) -> str:
         lines.append(f"batch norms folded: 0 of {len(norms)}; fastcure.prepare(model, x) has not been called")
     else:
         lines.append(f"batch norms folded into the layer before: {len(folds)} of {len(norms)}")
-    lines += [f"  {names[fold.norm]} into {names[fold.layer]}" for fold in folds]
+    lines += [f"  {names[fold.norm]} into {names[fold.layer]}{', before ReLU' * fold.fused}" for fold in folds]
     if x is not None:
-        lines += [f"  {names[norm]} not: {why}" for norm, why in _find(inner, x)[1].items()]
+        found, left = _find(inner, x)
+        lines += [f"  {names[norm]} not: {why}" for norm, why in left.items()]
+        _, others, relus = _fuse(inner, x, found)
+        lines.append(f"ReLUs that can take the sum before them in one pass, on a GPU: {relus.fused} of {relus.all}")
+        lines += [f"  not that of {names[norm]}: {why}" for norm, why in others.items()]
     return "\n".join(lines)
 
 
@@ -116,16 +127,64 @@ def _find(model: nn.Module, x: Tensor) -> tuple[list[Fold], dict[nn.Module, str]
 
 def _used_elsewhere(model: nn.Module, x: Tensor, folds: list[Fold]) -> set[nn.Module]:
     """Fold for one run; return layers whose output goes anywhere but to the batch norm, or is kept after the run."""
+    watch = Watch()
     try:
-        with cheaper_layers(model, folds) as outputs:
+        with cheaper_layers(model, folds, watch=watch):
             _run(model, x)
     except UsedElsewhereError as error:
         return {error.layer}
-    return {output.fold.layer for reference in outputs if (output := reference()) is not None}
+    return {output.fold.layer for reference in watch.outputs if (output := reference()) is not None}
+
+
+class Fusion(NamedTuple):
+    """What is done with the outputs of folded batch norms."""
+
+    folds: list[Fold]
+    others: dict[nn.Module, str]
+    """Of every batch norm whose output is not left to ReLUs, why."""
+    relus: ReLUs
+
+
+class ReLUs(TorchFunctionMode):
+    """Counts the ReLUs that run, and those of them that take a pending sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = self.fused = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in RELU:
+            self.all += 1
+            self.fused += isinstance(args[0] if args else kwargs["input"], Pending)
+        return func(*args, **kwargs)
+
+
+def _fuse(model: nn.Module, x: Tensor, folds: list[Fold]) -> Fusion:
+    """Leave the outputs of batch norms to ReLUs, and take back those that something else takes, until none does."""
+    others: dict[nn.Module, str] = {}
+    while True:
+        folds = [fold._replace(fused=fold.norm not in others) for fold in folds]
+        watch, relus = Watch(), ReLUs()
+        with suppress(OverwrittenError), relus, cheaper_layers(model, folds, watch=watch):
+            _run(model, x)
+        found = _not_for_relus(watch)
+        if not found:
+            return Fusion(folds, others, relus)
+        others |= found
+
+
+def _not_for_relus(watch: Watch) -> dict[nn.Module, str]:
+    first = {norm: next((name for name in names if name != "relu"), None) for norm, names in watch.takers.items()}
+    if found := {norm: f"{name} takes its output" for norm, name in first.items() if name}:
+        return found
+    unused = {norm: "nothing takes its output" for norm, names in watch.takers.items() if not names}
+    kept = {norm: "its output is kept" for norm, reference in watch.pending if reference() is not None}
+    return unused | kept
 
 
 def _run(model: nn.Module, x: Tensor) -> None:
     # Two images: some layers refuse a single value a channel.
     copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad(), twice_differentiable():
         functional_call(model, copies, (x[:2].detach().requires_grad_(),))

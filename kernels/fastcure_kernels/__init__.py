@@ -1,5 +1,6 @@
 """Fused operators of fastcure, each a Triton kernel with a plain-PyTorch twin."""
 
+from .bias_relu import bias_relu
 from .difference_sqnorm import difference_sqnorm
 from .direction_step import direction, direction_step
 from .l2_start import l2_start
@@ -8,6 +9,7 @@ from .linf_start import linf_start
 from .linf_step import linf_step
 
 __all__ = [
+    "bias_relu",
     "difference_sqnorm",
     "direction",
     "direction_step",

@@ -21,7 +21,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENTWISE = {"BLOCK": 1024, "num_warps": 4}
-KERNELS = {  # kernel -> its launch options at N = 150528
+KERNELS = {  # kernel, and a word where there are several of it -> its launch options at N = 150528
+    "bias_relu._gated_sum_kernel": {**ELEMENTWISE, "GATED": True},
+    "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "GATED": False},
     "direction_step._direction_step_kernel": reduction_launch(150528),
     "difference_sqnorm._forward_kernel": reduction_launch(150528),
     "difference_sqnorm._backward_kernel": ELEMENTWISE,
@@ -35,9 +37,12 @@ ARITHMETIC_POINTERS = {"h_ptr", "w_ptr", "eps_ptr", "step_ptr"}  # of the dtype 
 
 def signature(name, dtype, options):
     """Argument types and constants of a launch on samples of a length that 16 divides."""
-    fn = importlib.import_module(f"fastcure_kernels.{name.split('.')[0]}").__dict__[name.split(".")[1]].jitted
+    module, function = name.split()[0].split(".")
+    fn = importlib.import_module(f"fastcure_kernels.{module}").__dict__[function].jitted
     wide = "fp64" if dtype == "fp64" else "fp32"
-    constants = {"BLOCK": options["BLOCK"], "LOWER": 0.0, "UPPER": 1.0, "WANT_A": True, "WANT_B": True}
+    constants = {"LOWER": 0.0, "UPPER": 1.0, "WANT_A": True, "WANT_B": True}
+    constants |= {"WITH_B": True, "WITH_BIAS": True, "WIDE": dtype == "fp64"}
+    constants |= {k: v for k, v in options.items() if k != "num_warps"}
     types = {}
     for arg in fn.arg_names:
         if arg in constants:

@@ -92,10 +92,12 @@ class GuardedTorch:
         buffer = torch.full((span + 2 * MARGIN,), CANARY, dtype=dtype, device=device)
         buffer[MARGIN : MARGIN + span] = torch.nan
         self.buffers.append(buffer)
-        return buffer.as_strided(size, stride, MARGIN)
+        # No view of it, which autograd would treat apart.
+        return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), MARGIN, size, stride)
 
-    def empty_like(self, x: Tensor) -> Tensor:
-        return self.empty_strided(x.shape, torch.empty_like(x).stride(), dtype=x.dtype, device=x.device)
+    def empty_like(self, x: Tensor, **options: Any) -> Tensor:
+        stride = torch.empty_like(x, **options).stride()
+        return self.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
 
     def empty(self, size: torch.Size, *, dtype: torch.dtype, device: str) -> Tensor:
         stride = torch.empty(size, device="meta").stride()

@@ -16,6 +16,7 @@ def every_operator(x, parameter):
     grad = x - 0.5
     adv = fk.linf_step(fk.linf_start(x, parameter), grad, x, parameter, parameter)
     adv = fk.l2_step(fk.l2_start(adv, parameter), grad, x, parameter, parameter)
+    adv = fk.bias_relu(adv, adv[0, :, 0, 0], x)
     return fk.difference_sqnorm(adv, fk.direction_step(x, grad, parameter))
 
 
@@ -26,6 +27,7 @@ def test_more_elements_than_32_bits_count():
     tail = x[-2:].clone()
     assert torch.equal(fk.linf_step(x, x - 0.5, x, 0.25, 0.25)[-2:], fk.linf_step(tail, tail - 0.5, tail, 0.25, 0.25))
     assert torch.equal(fk.direction_step(x, x, 1.3)[-2:], fk.direction_step(tail, tail, 1.3))
+    assert torch.equal(fk.bias_relu(x, x[-1], x)[-2:], fk.bias_relu(tail, x[-1], tail))
     assert torch.equal(fk.difference_sqnorm(x, -x)[-2:], fk.difference_sqnorm(tail, -tail))
     start = fk.linf_start(x, 0.25)
     assert not torch.equal(start[1], start[1 + 2**31 // N])  # as 31-bit counters would have it
@@ -59,6 +61,21 @@ def test_cuda_graph_draws_anew_and_reads_its_parameters():
     assert not torch.equal(draws[0], draws[1])
     assert torch.equal(draws[2], x)
     assert norms.isfinite().all()
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_relu_of_the_size_of_a_network(dtype, form):
+    x, residual, w = (torch.randn(32, 64, 56, 56, device="cuda", dtype=dtype).to(memory_format=form) for _ in range(3))
+    bias = torch.randn(64, device="cuda", dtype=dtype)
+    tensors = [t.requires_grad_() for t in (x, bias, residual)]
+    y = fk.bias_relu(*tensors)
+    wide = x.float() + bias.float().view(-1, 1, 1) + residual.float()
+    torch.testing.assert_close(y, wide.relu().to(dtype))
+    g_x, g_bias, g_residual = torch.autograd.grad(y, tensors, w)
+    assert torch.equal(g_x, torch.where(y > 0, w, 0))
+    assert torch.equal(g_x, g_residual)
+    torch.testing.assert_close(g_bias, g_x.float().sum((0, 2, 3)).to(dtype), rtol=2e-2, atol=1)
 
 
 def test_values_do_not_recompile():

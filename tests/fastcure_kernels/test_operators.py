@@ -9,6 +9,7 @@ import pytest
 import torch
 
 OPERATORS = {  # public name -> call on tensors shaped and laid out as the argument
+    "bias_relu": lambda x: fk.bias_relu(x - 0.5, x[0, :, 0, 0], x - 0.1),
     "difference_sqnorm": lambda x: fk.difference_sqnorm(x, x + 1),
     "direction": fk.direction,
     "direction_step": lambda x: fk.direction_step(x, x - 0.5, 0.3),
@@ -53,6 +54,7 @@ import torch
 import fastcure_kernels as fk
 x = torch.rand(2, 7, requires_grad=True)
 fk.difference_sqnorm(x, fk.direction_step(x, x - 0.5, 0.3)).sum().backward()
+fk.bias_relu(x, x[0], x).sum().backward()
 fk.l2_step(fk.l2_start(x, 0.3), fk.direction(x), x, 0.2, 0.1)
 fk.linf_step(fk.linf_start(x, 0.3), x, x, 0.2, 0.1)
 import os
@@ -103,6 +105,7 @@ def test_opcheck(triton_device, need):
     per_sample = torch.tensor(0.3, device=triton_device).expand(2)
     ops = torch.ops.fastcure
     checks = {
+        ops.gated_sum: (x, grad, adv, adv[0, :, 0, 0].contiguous()),
         ops.direction_step: (x, grad, per_sample),
         ops.difference_sqnorm: (x, grad),
         ops.difference_sqnorm_backward: (x, grad, w, True, False),

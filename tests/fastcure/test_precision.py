@@ -1,0 +1,72 @@
+"""Steps in bfloat16 and float16 autocast, and the gradient scaler that float16 needs."""
+
+import pytest
+import torch
+from networks import relative
+from torch import Tensor, nn
+
+from fastcure import CURE, curvature, prepare
+from fastcure.models import resnet8
+
+
+@pytest.fixture
+def case() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = resnet8(channels=1)
+    x, y = torch.rand(16, 1, 16, 16), torch.arange(16) % 10
+    prepare(model, x)
+    return model, x, y
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_are_near_those_of_float32(
+    case: tuple, dtype: torch.dtype, close: float, channels_last: bool
+) -> None:
+    model, x, y = case
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        g = torch.autograd.grad(nn.functional.cross_entropy(model.eval()(point := x.requires_grad_()), y), point)[0]
+    z = g.sign() / g.sign().flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)  # of an entry near 0, rounding tips the sign
+    x = x.detach()
+    results = []
+    for amp in (None, dtype):
+        model.zero_grad()
+        with torch.autocast("cpu", amp or dtype, enabled=amp is not None):
+            out = curvature(model, x, y, direction=z)
+        assert out.loss.dtype == out.penalty.dtype == torch.float32
+        (out.loss + out.penalty).sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        results.append(gradients(model))
+    assert 0 < relative(results[1], results[0]) < close
+
+
+def test_a_gradient_scaler_finds_its_scale_and_changes_nothing_else(case: tuple) -> None:
+    """Too large a scale overflows float16: the scaler must see it, leave the step out, and come down."""
+    model, x, y = case
+    x, y = x[:4, :, :8, :8], y[:4]  # float16 is slow on a CPU
+    cure = CURE(model, h=1.25, gamma=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    scales = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            total = cure(x, y).total
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
+        found = gradients(model)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales[0] < 2.0**30
+    assert scales[-1] == scales[-2]  # it has found one
+    model.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        cure(x, y).total.backward()
+    assert relative(found, gradients(model)) < 0.02

@@ -1,0 +1,52 @@
+"""Elementwise memory traffic of a step, counted: so the same on every machine."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cost import megabytes
+from steps import Step, cure, published, standard
+from torch import nn
+
+from fastcure import prepare
+from fastcure.models import resnet18
+from fastcure.traffic import TrafficCounter
+
+
+def traffic(run: Callable[[], object]) -> int:
+    with TrafficCounter() as counter:
+        run()
+    return counter.total
+
+
+def test_the_counter_agrees_with_a_count_by_hand() -> None:
+    x, y = torch.rand(2, 3, 4), torch.rand(3, 1)
+    assert traffic(lambda: x + x) == 3 * 96
+    assert traffic(lambda: x * y) == 2 * 96 + 12
+    assert traffic(lambda: x.clone().mul_(2.0)) == 4 * 96
+    assert traffic(lambda: x + y.expand(3, 4)) == 2 * 96 + 12
+    assert traffic(lambda: x.view(6, 4)[1:].T.detach()) == 0
+    assert traffic(lambda: x @ x.mT) == 0
+    assert traffic(lambda: torch.stack([x, x])) == 4 * 96
+    assert traffic(lambda: nn.functional.conv1d(x, torch.rand(2, 3, 1))) == 24
+    assert traffic(lambda: x[:0] + x[:0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "prepared", "least", "most"),
+    [
+        (standard, False, 29, 31),
+        (published, False, 300, 310),
+        (cure("eager"), False, 185, 195),
+        (cure("eager"), True, 0, 75),
+    ],
+)
+def test_a_step_of_resnet18(
+    step: Step, prepared: bool, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTCURE_BACKEND", "triton" if prepared else "torch")
+    torch.manual_seed(0)
+    model = resnet18()
+    if prepared:
+        prepare(model, torch.rand(2, 3, 8, 8))
+    assert least < megabytes(step, model) < most
