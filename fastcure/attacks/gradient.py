@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastcure.attacks.arguments import check_bounds, check_counts, check_numbers, hard_labels, has_nan, rowwise
 from fastcure.attacks.replay import REPLAYED
 from fastcure.checks import check_batch, check_positive
+from fastcure.layers import cheaper_layers
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
 from fastcure.recorder import CudaRecorder
 
@@ -56,8 +57,9 @@ def pgd(
 ) -> Tensor:
     """Projected gradient ascent of the loss within the eps-ball around `x`.
 
-    The model is attacked in evaluation mode; its flags, buffers and `.grad`s come back as they were. Only input
-    gradients are computed: `2 steps` forward passes' worth for one start, `2 steps + 1` for each of several.
+    The model is attacked in evaluation mode, with what `fastcure.prepare` found in it folded; its flags, buffers and
+    `.grad`s come back as they were. Only input gradients are computed: `2 steps` forward passes' worth for one start,
+    `2 steps + 1` for each of several.
 
     Args:
         model: the network, normalisation inside.
@@ -109,7 +111,7 @@ def pgd(
 
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with evaluation_mode(model, loss_fn):
+    with evaluation_mode(model, loss_fn), cheaper_layers(model):
         advance: Callable[[Tensor], Tensor] = partial(one_step, objective, x=x, y=y, step=step, eps=eps)
         if cuda_graph:
             advance = REPLAYED.of(objective, one_step, (norm, bounds), x, y, step, eps)

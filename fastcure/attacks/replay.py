@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastcure.layers import folds_of
 from fastcure.objective import Objective
 from fastcure.recorder import CudaRecorder, Recorder, addresses, buffers
 
@@ -47,6 +48,7 @@ class ReplayedSteps:
         key = (
             *(settings, objective.module.loss_fn, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             *((t.shape, t.stride(), t.dtype, t.device) for t in (x, y)),
+            tuple(folds_of(objective.model)),
             *addresses(objective),
         )
         if key not in captures:

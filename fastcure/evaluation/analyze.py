@@ -59,7 +59,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     }
     networks = {}
     for name, checkpoint in weights.items():
-        model = placed(make(checkpoint, settings.mean, settings.std), settings.model, ranks.device)
+        model = placed(make(checkpoint, settings.mean, settings.std), settings.model, x.shape[1:], ranks.device)
         work = partial(_curvatures, model, settings)
         rows = ranks.map(work, x, y, settings.seed, settings.batch_size)
         mean, error = rows.mean(0).tolist(), (rows.std(0) / len(rows) ** 0.5).tolist()

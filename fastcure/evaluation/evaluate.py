@@ -54,11 +54,12 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     assert settings.model is not None
     assert settings.dataset is not None
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
+    shape = data.x_test.shape[1:]
     make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1])
-    model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, ranks.device)
+    model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, shape, ranks.device)
     twin = None
     if settings.checklist and settings.twin is not None:
-        twin = placed(make(settings.twin, settings.mean, settings.std), settings.model, ranks.device)
+        twin = placed(make(settings.twin, settings.mean, settings.std), settings.model, shape, ranks.device)
     _check_model(model, settings.model, data, ranks.device)
     say(
         f"{data.name}: {len(data.x_test):,} test images of {' x '.join(map(str, data.x_test.shape[1:]))}, "

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastcure.checklist import verdict
 from fastcure.data import load
 from fastcure.models import build
+from fastcure.outside import placed
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
@@ -71,7 +72,7 @@ def report(
     def network(path: Path) -> torch.nn.Module:
         model = build(first["model"], data.classes, data.x_test.shape[1])
         load_weights(model, path)
-        return model.to(where)
+        return placed(model, first["model"], data.x_test.shape[1:], where)
 
     names = ["after CURE"] if len(runs) == 1 else _short_names(runs)
     subjects = [Subject("before CURE", network(Path(runs[0]) / "original.safetensors"))]

@@ -69,7 +69,7 @@ def _finetune(
         return folder.read_json("metrics.json")
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     torch.manual_seed(settings.seed)
-    model = placed(make_model(settings, data), settings.model, ranks.device)
+    model = placed(make_model(settings, data), settings.model, data.x_test.shape[1:], ranks.device)
     run = Run(settings, data, model, ranks, folder, interruption)
     if folder.checkpoint.exists():
         run.restore()

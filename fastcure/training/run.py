@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure import CURE, prepare
+from fastcure import CURE
 from fastcure.accuracy import right
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation
@@ -114,7 +114,6 @@ class Run:
         if cured:
             schedules = {name: settings.schedule(name) for name in ("lr", "gamma", "h")}
             options = {"power": settings.power, "engine": settings.engine, "batch_stats": settings.batch_stats}
-            prepare(self.model, self.x_test[:1].float() / 255)
             objective: CURE | Normal = CURE(self.model, microbatch=progress.microbatch, **options)  # type: ignore[arg-type]
         else:
             schedules, objective = {"lr": settings.schedule("pretrain_lr")}, Normal(self.model)

@@ -199,7 +199,7 @@ def test_weights_lie_where_they_are_fast_and_compute_the_same() -> None:
     for name, last in (("resnet8", True), ("resnet18", False)):
         model = build(name, channels=1).eval()
         before = model(x)
-        assert placed(model, name, torch.device("cpu")) is model
+        assert placed(model, name, x.shape[1:], torch.device("cpu")) is model
         weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)][1:]
         assert [weight.is_contiguous() for weight in weights] == [
             not last or weight.shape[2] == 1 for weight in weights
