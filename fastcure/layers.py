@@ -149,10 +149,17 @@ def has_statistics(norm: nn.Module) -> bool:
 
 def channel_map(norm: Any) -> tuple[Tensor, Tensor]:
     """Return `s` and `t` `(C,)` of a batch norm in evaluation mode."""
-    s = torch.rsqrt(norm.running_var + norm.eps)
-    s = s if norm.weight is None else s * norm.weight
-    t = -s * norm.running_mean
-    return s, t if norm.bias is None else t + norm.bias
+    return channel_map_of(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def channel_map_of(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same from its parts, each `(C,)`."""
+    s = torch.rsqrt(var + eps)
+    s = s if weight is None else s * weight
+    t = -s * mean
+    return s, t if bias is None else t + bias
 
 
 def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, phase: Phase) -> Tensor:

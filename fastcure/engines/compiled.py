@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure.engines.eager import Eager, root
+from fastcure.engines.folding import Folding
 from fastcure.engines.graph import GraphEngine, evaluation
 from fastcure.engines.protocol import Evaluation
 from fastcure.objective import LossFn, Objective, find_logits
@@ -34,7 +36,7 @@ class Compile(GraphEngine):
 
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
-        self._cache: WeakKeyDictionary[nn.Module, dict[Any, Compiled]] = WeakKeyDictionary()
+        self._cache: WeakKeyDictionary[nn.Module, dict[Any, tuple[Compiled, Folding]]] = WeakKeyDictionary()
 
     def forward(
         self,
@@ -59,13 +61,16 @@ class Compile(GraphEngine):
         x = x.detach()
         length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
         programs = self._cache.setdefault(objective.model, {})
+        autocast = torch.is_autocast_enabled(x.device.type)
+        folding = Folding(objective.model, norms=not autocast)
         key = (
-            *(objective.module.loss_fn, power, direction is None, tuple(objective.state)),
-            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, torch.is_autocast_enabled(x.device.type)),
+            *(objective.module.loss_fn, power, direction is None, tuple(objective.state), folding.key),
+            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast),
         )
         fresh = key not in programs
         if fresh:
-            programs[key] = _compile(self.backend, power, x.device)
+            programs[key] = _compile(self.backend, power, x.device), folding
+        program, folding = programs[key]  # with the very forwards that were compiled
         direction = None if direction is None else direction.detach()
 
         def run() -> Evaluation:
@@ -73,10 +78,12 @@ class Compile(GraphEngine):
             for name, tensor in objective.state.items():
                 owner, _, rest = name.partition(".")
                 states[owner][rest] = tensor
-            logits, loss, penalty = programs[key](
-                *(objective.model, states["model"], objective.module.loss_fn, states["loss_fn"]),
-                *(x, y, length, direction),
-            )
+            model_state = folding.state(objective.model, states["model"])
+            with folding.applied():
+                logits, loss, penalty = program(
+                    *(objective.model, model_state, objective.module.loss_fn, states["loss_fn"]),
+                    *(x, y, length, direction),
+                )
             return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
 
         if not fresh:
@@ -84,7 +91,9 @@ class Compile(GraphEngine):
         began = time.perf_counter()
         logger.warning("fastcure: compiling %s for %s ...", type(objective.model).__name__, tuple(x.shape))
         try:
-            result = run()
+            with warnings.catch_warnings():  # the compiler looks at `.grad` of weights that are folded
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                result = run()
             eager = Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=True)
             self._check(result, eager)
         except BaseException:

@@ -1,0 +1,104 @@
+"""Batch norms folded in front of the compiled region, which then sees convolutions whose weights are what they are.
+
+`fastcure.layers` does this for the eager engine in ways that cannot be traced. Here the channel maps are computed
+before the region, with autograd, so that gradients come back through them; inductor would compute `sqrt(var + eps)` for
+every pixel. What `fastcure.prepare` found is folded; any other batch norm becomes one product and one sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcure.layers import NORMS, channel_map_of, folds_of, has_statistics, plain
+
+PARTS = ("weight", "bias", "running_mean", "running_var")
+Forwards = dict[nn.Module, Callable[[Tensor], Tensor]]
+
+
+class Folding:
+    """What is folded of a model, found when its region is compiled.
+
+    Args:
+        model: the network.
+        norms: whether batch norms that are not folded take part; under autocast they compute in the wider type.
+    """
+
+    def __init__(self, model: nn.Module, *, norms: bool) -> None:
+        names = {module: name for name, module in model.named_modules()}
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+
+        def own(*modules: nn.Module) -> bool:
+            """A parameter that another module has too must stay what it is."""
+            return all(uses[id(p)] == 1 for module in modules for p in module.parameters())
+
+        folds = [(f.layer, f.norm) for f in folds_of(model) if f.norm.bias is not None and own(f.layer, f.norm)]
+        self.folds = [(names[layer], names[norm]) for layer, norm in folds]
+        taken = {norm for _, norm in folds}
+        left = (
+            [m for m in names if type(m) in NORMS and m not in taken and has_statistics(m) and plain(m)]
+            if norms
+            else []
+        )
+        left = [norm for norm in left if norm.bias is not None and own(norm)]
+        self.norms = [names[norm] for norm in left]
+        self.forwards: Forwards = {norm: _shifted(norm, layer) for layer, norm in folds}
+        self.forwards |= {norm: _affine(norm) for norm in left}
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a compilation depends on."""
+        return (*self.folds, *self.norms)
+
+    def state(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state with which the forwards below compute the same; differentiable in `state`."""
+        new = dict(state)
+        for layer, norm in [*self.folds, *((None, norm) for norm in self.norms)]:
+            module: Any = model.get_submodule(norm)
+            weight, bias, mean, var = (state[f"{norm}.{part}"] for part in PARTS)
+            s, t = channel_map_of(weight, bias, mean, var, module.eps)
+            if layer is None:
+                new[f"{norm}.weight"], new[f"{norm}.bias"] = s, t
+                continue
+            weight = state[f"{layer}.weight"]
+            new[f"{layer}.weight"] = (weight * s.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+            old = state.get(f"{layer}.bias")
+            if old is None:
+                new[f"{norm}.bias"] = t
+            else:
+                new[f"{layer}.bias"] = (t + s * old).to(old.dtype)
+        return new
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the batch norms their forwards."""
+        try:
+            for module, forward in self.forwards.items():
+                module.forward = forward
+            yield
+        finally:
+            for module in self.forwards:
+                vars(module).pop("forward", None)
+
+
+def _shifted(norm: Any, layer: Any) -> Callable[[Tensor], Tensor]:
+    """What is left of a folded batch norm: the shift, where the layer has no bias to take it."""
+    biased = layer.bias is not None
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        return input if biased else input + norm.bias.to(input.dtype).reshape(-1, *[1] * (input.dim() - 2))
+
+    return forward
+
+
+def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        shape = (-1, *[1] * (input.dim() - 2))
+        return torch.addcmul(norm.bias.reshape(shape), input, norm.weight.reshape(shape))
+
+    return forward

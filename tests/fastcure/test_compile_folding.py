@@ -1,0 +1,94 @@
+"""Batch norms folded in front of the compiled region: exact, whatever stands before them, and only where they may."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from networks import relative
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastcure import curvature, prepare
+from fastcure.engines import ENGINES
+from fastcure.engines.compiled import Compile
+from fastcure.engines.folding import Folding
+
+# Of torch's own making, in torch 2.13.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+class Tied(nn.Module):
+    """Two convolutions of one weight, each with a batch norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.b.weight = self.a.weight
+        self.norm_a, self.norm_b, self.fc = nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_a(self.a(x)).relu()
+        return self.fc(self.norm_b(self.b(x)).relu().flatten(1))
+
+
+def sequential(*layers: nn.Module) -> nn.Module:
+    features = nn.Sequential(*layers, nn.GELU(), nn.Flatten())
+    return nn.Sequential(features, nn.Linear(features.eval()(torch.rand(2, 2, 4, 4)).shape[1], 3))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "convolution": (lambda: sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)), 1, 0),
+    "convolution with a bias": (lambda: sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), 1, 0),
+    "linear": (lambda: sequential(nn.Flatten(), nn.Linear(32, 5), nn.BatchNorm1d(5)), 1, 0),
+    "norm first": (lambda: sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 4, 3)), 0, 1),
+    "without an affine map": (lambda: sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False)), 0, 0),
+    "without statistics": (lambda: sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), 0, 0),
+    "tied weights": (Tied, 0, 2),
+}
+"""With the numbers of batch norms that are folded into a layer, and that become a product and a sum."""
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setitem(ENGINES, "compile", Compile(backend))
+    yield backend
+    torch._dynamo.reset()
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> list[Tensor]:
+    model.zero_grad()
+    out = curvature(model, x, y, h=0.7, engine=engine)
+    (out.loss + out.penalty).sum().backward()
+    return [out.loss.detach(), out.penalty.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_exact_and_follows_the_model(counter: CompileCounterWithBackend, name: str) -> None:
+    make, folds, norms = MODELS[name]
+    torch.manual_seed(0)
+    model, x, y = make().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
+    model.train()(x)
+    prepare(model, x)
+    found = Folding(model, norms=True)
+    assert (len(found.folds), len(found.norms)) == (folds, norms)
+    for _ in range(2):
+        assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        model.train()(x)  # running statistics move
+    assert counter.frame_count == 1
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_a_hook_added_later_takes_the_batch_norm_out(counter: CompileCounterWithBackend) -> None:
+    torch.manual_seed(0)
+    model, x, y = MODELS["convolution"][0]().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
+    prepare(model, x)
+    before = gradients(model, x, y, "compile")
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    handle = norm.register_forward_hook(lambda module, args, output: 2 * output)
+    assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
+    handle.remove()
+    assert relative(gradients(model, x, y, "compile"), before) == 0
