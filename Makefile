@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
-FUZZ   ?= 12
+FUZZ   ?= 15
 FUZZ_SEED ?= $(shell date +%s)
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
@@ -20,7 +20,7 @@ test: lint
 test-distributed: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
-# Random cases, another set each time: FUZZ times as many as in `make test`. The line make prints repeats them.
+# Random cases, other ones each time: FUZZ times as many as in `make test`. FUZZ_SEED repeats them.
 fuzz: $(VENV)/installed
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
 		tests/fastcure/test_properties.py tests/fastcure_kernels/test_kernel_properties.py

@@ -36,10 +36,30 @@ def check_images(x: Tensor) -> None:
         raise TypeError(f"x must be floating point with pixels in [0, 1], got {x.dtype}: pass x.float() / 255")
     if x.dim() < 2:
         raise ValueError(f"x must have a batch dimension and more, (B, ...), got shape {tuple(x.shape)}")
+    if x.is_inference():
+        raise ValueError("x was made under torch.inference_mode, and autograd cannot save it: pass x.clone()")
     if x.requires_grad:
         raise ValueError("x requires grad, but nothing here is differentiable in x: pass x.detach()")
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError("x carries a forward-mode tangent, which would be lost: pass its primal")
+
+
+def refuse_transforms() -> None:
+    """Raise where autograd's ordinary gradients, of which the penalty is made, cannot be had or would be lost."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("the penalty is made of gradients, which torch.inference_mode forbids: use torch.no_grad")
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "the penalty has no forward-mode derivative and no rule for torch.func (grad, jvp, vmap): call it outside "
+            "of these, and take its gradients by backward()"
+        )
+
+
+def not_inside_torch_compile() -> None:
+    """Do nothing; where torch.compile comes upon it, torch raises an error that has this name in it."""
+
+
+not_inside_torch_compile._dynamo_forbidden = True  # type: ignore[attr-defined]
 
 
 def check_batch(x: Tensor, y: Tensor, direction: Tensor | None) -> None:

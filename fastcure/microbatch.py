@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure.curvature import evaluate
+from fastcure.curvature import evaluate, take_state
 from fastcure.objective import LossFn
 
 
@@ -83,13 +83,10 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: nn.Parameter) -> Tensor:
-        ctx.gradients = gradients
+        ctx.state = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the curvature penalty has no second derivative: call backward without create_graph=True"
-            )
-        return None, None, *[scale.to(gradient) * gradient for gradient in ctx.gradients]
+        gradients, _ = take_state(ctx)
+        return None, None, *[scale.to(gradient) * gradient for gradient in gradients]

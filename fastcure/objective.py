@@ -13,13 +13,16 @@ from torch.nn import functional as F
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
+NO_LABEL = -(1 << 62)
+"""The `ignore_index`: with torch's own, -100, that label would have loss 0 on a GPU, where labels are not looked at."""
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each sample `(B,)`; y holds class indices `(B,)` or probabilities `(B, C)`.
 
     Raises:
         ValueError: if y has another shape, or (checked on the CPU, where looking costs nothing) a label is not in
-            0..C-1.
+            0..C-1. On a GPU such a label is an assertion of torch's on the device, which ends the process.
     """
     if y.is_floating_point():
         if y.shape != logits.shape:
@@ -36,7 +39,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
                 f"labels must be in 0..{logits.shape[1] - 1}, the model having {logits.shape[1]} outputs, "
                 f"got {low}..{high}: renumber them or give the model more outputs"
             )
-    return F.cross_entropy(logits, y.long(), reduction="none")
+    return F.cross_entropy(logits, y.long(), reduction="none", ignore_index=NO_LABEL)
 
 
 class ModelWithLoss(nn.Module):

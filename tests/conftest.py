@@ -1,6 +1,7 @@
 """Settings that must stand before torch and triton are imported, and the one reason to skip: no GPU."""
 
 import os
+import sys
 
 # Two OpenMP threads beside another busy process make a convolution tens of times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,15 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:  # before triton is first imported: its kernels are then interpreted on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    fuzzing = sys.modules.get("fuzzing")
+    if fuzzing is not None and fuzzing.TRIED:
+        for name, count in sorted(fuzzing.TRIED.items()):
+            terminalreporter.write_line(f"{count:6d} cases  {name}")
+        failed = len(terminalreporter.stats.get("failed", []))
+        terminalreporter.write_line(f"{fuzzing.TRIED.total():6d} cases in all, {failed} properties broken")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

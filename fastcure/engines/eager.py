@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from fastcure_kernels import difference_sqnorm, direction_step
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure.convolution import Phase
-from fastcure.engines.graph import GraphEngine, evaluation
+from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
 from fastcure.layers import cheaper_layers
 from fastcure.objective import Objective
@@ -30,8 +29,7 @@ class Eager(GraphEngine):
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
         phase = Phase()
-        # The fast kernels of attention have no double backward.
-        with cheaper_layers(objective.model, phase=phase), sdpa_kernel(SDPBackend.MATH):
+        with cheaper_layers(objective.model, phase=phase), twice_differentiable():
             point = x.detach().requires_grad_()
             logits, loss = objective(point, y)
             with phase.of_inputs():

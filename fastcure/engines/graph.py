@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from fastcure.engines.protocol import Evaluation
+
+CHECKPOINTING = (
+    "activation checkpointing recomputes the model outside of the penalty's evaluation mode: turn it off, and save "
+    "memory by CURE(model, microbatch=N)"
+)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run passes in ways that have a double backward: attention in plain operators, compiled modules uncompiled.
+
+    Raises:
+        RuntimeError: if the model checkpoints its activations in the reentrant way.
+    """
+    compiled = "torch._dynamo" in sys.modules  # without it nothing is, and its import takes a second
+    uncompiled = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    try:
+        with uncompiled, sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise RuntimeError(CHECKPOINTING) from error
+        raise
 
 
 class Graph(NamedTuple):
@@ -35,10 +62,7 @@ class GraphEngine:
         try:
             return torch.autograd.grad(values, state.leaves, weights, retain_graph=retain, allow_unused=True)
         except CheckpointError as error:
-            raise RuntimeError(
-                "activation checkpointing recomputes the model outside of the penalty's evaluation mode: turn it off, "
-                "and save memory by CURE(model, microbatch=N)"
-            ) from error
+            raise RuntimeError(CHECKPOINTING) from error
 
 
 def evaluation(logits: Tensor, loss: Tensor, penalty: Tensor, found: list[tuple[Tensor, nn.Parameter]]) -> Evaluation:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure import reference
-from fastcure.engines.graph import GraphEngine, evaluation
+from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
 from fastcure.objective import Objective
 
@@ -26,7 +25,7 @@ class Reference(GraphEngine):
         differentiable: bool,
     ) -> Evaluation:
         """Evaluate `fastcure.reference.curvature`."""
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable():
             logits, loss, penalty = reference.curvature(objective, x, y, h, power=power, direction=direction)
         found = objective.leaves(loss, inputs=()) if differentiable else []
         return evaluation(logits, loss, penalty, found)

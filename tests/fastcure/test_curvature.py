@@ -55,7 +55,7 @@ def test_fp32_stays_near_the_fp64_oracle(name: str, fixed_direction: bool) -> No
 def test_the_definitions_on_a_linear_network_by_hand() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 3).double()
-    x, y, h = torch.randn(4, 6).double(), torch.tensor([0, 2, 1, 1]), 0.8
+    x, y, h = torch.rand(4, 6).double(), torch.tensor([0, 2, 1, 1]), 0.8
     one_hot = F.one_hot(y, 3)
 
     def g(point: Tensor) -> Tensor:  # of cross-entropy: W^T (softmax(W x + b) - one-hot)

@@ -266,7 +266,7 @@ def bad(**changes: object) -> dict[str, object]:
         (bad(h=torch.ones(3)), ValueError, r"shape \(2,\), got shape \(3,\)"),
         (bad(power=3), ValueError, "power must be 1 or 2, got 3"),
         (bad(batch_stats="train"), ValueError, "'frozen' or 'split', got 'train'"),
-        (bad(engine="fast"), ValueError, "auto, eager, compile, first_order, reference, got 'fast'"),
+        (bad(engine="fast"), ValueError, "auto, eager, compile, cuda_graph, first_order, reference, got 'fast'"),
         (bad(y=torch.tensor([0, 4])), ValueError, r"labels must be in 0\.\.3.* got 0\.\.4"),
         (bad(y=torch.tensor([-1, 2])), ValueError, r"got -1\.\.2"),
         (bad(y=torch.tensor([1])), ValueError, "one label for each of the 2 samples"),

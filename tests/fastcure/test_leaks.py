@@ -1,18 +1,23 @@
 """Nothing outlives its step: tensors and graphs are counted, after many steps and after steps that fail."""
 
 import gc
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from fuzzing import FUZZ, TRIED
 from networks import NETWORKS, Case, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE, curvature, prepare
+from fastcure.engines import ENGINES as ALL_ENGINES
+from fastcure.engines.compiled import Compile
 
 ENGINES = ["eager", "first_order", "reference"]
 
@@ -25,8 +30,11 @@ class Saved:
 
 
 @contextmanager
-def counted() -> Iterator[Callable[[], Counter[str]]]:
-    """Count what is alive, by kind; without the collector of cycles, so that a cycle counts as a leak."""
+def counted(saved: bool = True) -> Iterator[Callable[[], Counter[str]]]:
+    """Count what is alive, by kind; without the collector of cycles, so that a cycle counts as a leak.
+
+    Tensors that graphs save are counted with `saved`, which `torch.func` within a compiled region does not allow.
+    """
 
     def count() -> Counter[str]:
         kinds = Counter[str]()
@@ -39,7 +47,8 @@ def counted() -> Iterator[Callable[[], Counter[str]]]:
     gc.collect()
     gc.disable()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor)
+        with hooks if saved else nullcontext():
             yield count
     finally:
         gc.enable()
@@ -135,13 +144,13 @@ class _FailsInBackward(torch.autograd.Function):
         return g.clone(), None
 
 
-def failing(engine: str) -> tuple[Case, Fails, Callable[[], None]]:
+def failing(engine: str, **options: Any) -> tuple[Case, Fails, Callable[[], None]]:
     """A case, the layer that fails, and a step."""
     case, fails = make(NETWORKS["batch_norm-gelu-average"], 4, seed=0), Fails()
     model = nn.Sequential(*list(case.model)[:3], fails, *list(case.model)[3:]).double()
     model[1].eval()
     case = Case(model, case.x, case.y)
-    cure = CURE(prepare(model, case.x), engine=engine)
+    cure = CURE(prepare(model, case.x), engine=engine, **options)
 
     def step() -> None:
         cure(case.x, case.y).total.backward()
@@ -225,3 +234,59 @@ def test_a_loss_that_fails_leaves_nothing(engine: str, call: int) -> None:
         assert count() == held
     check_same(case.model, before)
     assert all(p.grad is None for p in case.model.parameters())
+
+
+MODES: list[dict[str, Any]] = [{}, {"batch_stats": "split"}, {"microbatch": 3}, {"power": 1}]
+FEW = [("eager", mode) for mode in MODES[:3]] + [("first_order", MODES[2]), ("reference", MODES[1])]
+
+
+@pytest.mark.parametrize(("engine", "options"), [*product(ENGINES, MODES)] if FUZZ > 1 else FEW, ids=str)
+def test_a_long_run_with_failures_holds_no_more_than_ten_steps(engine: str, options: dict[str, Any]) -> None:
+    """Every fourth step is made to fail, in one pass or another; `make soak` takes a thousand."""
+    case, fails, step = failing(engine, **options)
+    optimizer = torch.optim.Adam(case.model.parameters(), lr=1e-4)
+    chance, faults = random.Random(0), 0
+    with counted() as count:
+        for number in range(1, (1000 if FUZZ > 1 else 20) + 1):
+            optimizer.zero_grad()
+            fails.disarm()
+            if number > 10 and number % 4 == 0:
+                fails.arm(["forward", "backward", "double backward"][number // 4 % 3], chance.randint(1, 2))
+            try:
+                step()
+                optimizer.step()
+            except KeyError:
+                faults += 1
+                settle()
+            if number == 10:
+                settle()
+                early = count()
+        settle()
+        optimizer.zero_grad()
+        fails.disarm()
+        step()
+        optimizer.step()  # it makes Python objects of the gradients
+        assert count() == early
+    assert faults
+    TRIED[f"steps, {engine}"] += number
+    TRIED[f"steps that were made to fail, {engine}"] += faults
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own making
+def test_a_long_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ENGINES, "compile", Compile("aot_eager"))
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0, dtype=torch.float32)
+    cure = CURE(case.model, engine="compile")
+    optimizer = torch.optim.Adam(cure.parameters(), lr=1e-4)
+    with counted(saved=False) as count:
+        for number in range(1, (1000 if FUZZ > 1 else 20) + 1):
+            optimizer.zero_grad()
+            cure(case.x, case.y).total.backward()
+            optimizer.step()
+            if number == 10:
+                gc.collect()
+                early = count()
+        gc.collect()
+        assert count() == early
+    torch._dynamo.reset()
+    TRIED["steps, compile"] += number

@@ -1,0 +1,15 @@
+"""What the documents name is there."""
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+BEHAVIOUR = TESTS.parent / "docs" / "behaviour.md"
+
+
+def test_every_test_that_is_named_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)::(test_\w+)`", BEHAVIOUR.read_text()))
+    assert len(named) > 80
+    texts = {path.stem: path.read_text() for path in TESTS.rglob("test_*.py")}
+    missing = [f"{file}::{test}" for file, test in sorted(named) if f"def {test}(" not in texts.get(file, "")]
+    assert not missing
