@@ -100,7 +100,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for name, eps, by_library in tqdm(list(attacks(settings.eps, arguments.seed)), leave=False, disable=None):
         found = {library: accuracy(model, x, y, attack) for library, attack in by_library.items()}
-        points = 100 * max(abs(found["fastcure"] - value) for value in found.values())
+        points = round(100 * max(abs(found["fastcure"] - value) for value in found.values()), 6)
         rows.append({"dataset": data.name, "images": len(x), "attack": name, "eps": eps, **found, "points": points})
         shown = "{fastcure:9.1%} {torchattacks:13.1%} {foolbox:9.1%}".format(**found)
         tqdm.write(f"{name:<28} {eps:7.3g} {shown} {points:12.2f} points")
