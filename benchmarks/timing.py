@@ -22,7 +22,7 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - began
 
 
-def medians(benchmark: pytest.FixtureRequest, contenders: Mapping[str, Work], budget: float = 40.0) -> dict[str, float]:
+def medians(benchmark: pytest.FixtureRequest, contenders: Mapping[str, Work], budget: float = 30.0) -> dict[str, float]:
     """Median seconds of each contender, after a warm-up, in as many rounds as fit into `budget` seconds."""
     for work in contenders.values():
         work()

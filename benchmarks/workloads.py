@@ -96,6 +96,6 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def rounds_for(seconds: float, budget: float = 40.0) -> int:
+def rounds_for(seconds: float, budget: float = 30.0) -> int:
     """How many rounds of `seconds` to run within `budget` seconds: at least 5, at most 50, an odd number."""
     return 2 * (min(50, max(5, math.floor(budget / max(seconds, 1e-6)))) // 2) + 1

@@ -28,6 +28,7 @@ from fastcure.convolution import Geometry, Phase, convolve
 from fastcure.pending import Pending
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -120,6 +121,8 @@ def cheaper_layers(
             forwards[module] = _convolution(module, phase)
         elif type(module) in NORMS and has_statistics(module) and plain(module):
             forwards[module] = _affine(module)
+        elif type(module) in INSTANCE_NORMS and not has_statistics(module) and plain(module):
+            forwards[module] = _instance(module)
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -195,6 +198,25 @@ def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
             return original(norm, input)
         shape = (-1, *[1] * (input.dim() - 2))
         return torch.addcmul(t.reshape(shape), input, s.reshape(shape))
+
+    return forward
+
+
+def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
+    """Normalise one image by plain operators: torch's double backward is wrong there, channels last (torch 2.13, CPU)."""
+    original = type(norm).forward
+
+    def forward(input: Tensor) -> Tensor:  # noqa: A002
+        wide = input.dtype in (torch.float32, torch.float64)
+        if input.dim() != norm._get_no_batch_dim() + 1 or len(input) != 1 or not wide:
+            return original(norm, input)
+        pixels = [*range(2, input.dim())]
+        centred = input - input.mean(pixels, keepdim=True)
+        out = centred * torch.rsqrt(centred.square().mean(pixels, keepdim=True) + norm.eps)
+        if norm.weight is None:
+            return out
+        shape = (-1, *[1] * len(pixels))
+        return torch.addcmul(norm.bias.reshape(shape), out, norm.weight.reshape(shape))
 
     return forward
 

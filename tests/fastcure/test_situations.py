@@ -294,3 +294,18 @@ def test_microbatches_free_their_gradients(case: Case) -> None:
     assert state.state is None
     with pytest.raises(RuntimeError, match="retain_graph=True keeps it"):
         total.backward()
+
+
+def test_instance_norms_of_one_image() -> None:
+    """Where torch 2.13's own double backward is wrong: one image, channels last."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
+    model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(1, 2, 6, 6).double().contiguous(memory_format=torch.channels_last)
+    y, found = torch.tensor([1]), []
+    for images, labels, engine in ((x, y, "eager"), (torch.cat([x, x]), torch.cat([y, y]), "reference")):
+        model.zero_grad()
+        out = curvature(model, images, labels, engine=engine)
+        (out.loss + out.penalty).mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert relative(found[0], found[1]) < 1e-10
