@@ -17,8 +17,9 @@ demo: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
-# Two processes on this machine: apart, for it needs a free port and a machine that is not overloaded.
+# Two processes on this machine, alone.
 test-distributed: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 

@@ -203,7 +203,7 @@ def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
-    """Normalise one image by plain operators: torch's double backward is wrong there, channels last (torch 2.13, CPU)."""
+    """One image by plain operators: channels last, torch's double backward of it is wrong (torch 2.13, CPU)."""
     original = type(norm).forward
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002

@@ -1,7 +1,8 @@
 """The eager engine as two CUDA graphs, one for its forward and one for its backward.
 
-A step of ResNet-18 is about 1,700 launches, each of some microseconds on the host; on small batches the device waits
-for them. Captured, they are two. The price: static shapes, memory that stays reserved, and Python that runs only once.
+A step of ResNet-18 is more than a thousand launches, each of some microseconds on the host; on small batches the
+device waits for them. Captured, they are two. The price: static shapes, memory that stays reserved, and Python that
+runs only once.
 """
 
 from __future__ import annotations
