@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastcure.models import MODELS, Normalize, build
-from fastcure.prepare import prepare
 from fastcure.training.run_folder import load_weights
 
 
@@ -54,18 +52,6 @@ def load_model(
     if name in MODELS or mean is None or std is None:
         return model
     return nn.Sequential(Normalize(channels, mean, std), model)
-
-
-def placed(model: nn.Module, name: str, shape: Sequence[int], device: torch.device) -> nn.Module:
-    """Move the network called `name` to `device`, and prepare a bundled one for images of this `shape` (C, H, W).
-
-    On a CPU resnet8's weights lie channels last: its steps of CURE are 1.1 to 1.3 times faster for that. Wider networks
-    gain nothing, and lose where the images are small.
-    """
-    model = model.to(device)
-    if name == "resnet8" and device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return prepare(model, torch.zeros(1, *shape, device=device)) if name in MODELS else model
 
 
 def _call(name: str) -> nn.Module:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
 from fastcure.data import load
 from fastcure.evaluation.settings import AnalysisSettings
-from fastcure.outside import load_model, placed
+from fastcure.outside import load_model
+from fastcure.placement import placed
 from fastcure.training.finetune import environment, limited, pick_device, silent
 from fastcure.training.ranks import Ranks, join, own_device
 

@@ -18,7 +18,8 @@ from fastcure.checklist import Check, masking_checklist, verdict
 from fastcure.data import Dataset, load
 from fastcure.evaluation.settings import EvaluationSettings
 from fastcure.objective import evaluation_mode, find_logits
-from fastcure.outside import load_model, placed
+from fastcure.outside import load_model
+from fastcure.placement import placed
 from fastcure.training.finetune import environment, limited, pick_device, silent
 from fastcure.training.ranks import Ranks, Work, join, own_device
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastcure.checklist import verdict
 from fastcure.data import load
 from fastcure.models import build
-from fastcure.outside import placed
+from fastcure.placement import placed
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table

@@ -15,7 +15,7 @@ from torch import nn
 from fastcure import __version__
 from fastcure.data import Dataset, load
 from fastcure.models import build
-from fastcure.outside import placed
+from fastcure.placement import placed
 from fastcure.training.curves import draw_curves
 from fastcure.training.interrupt import Interruption
 from fastcure.training.ranks import Ranks, join, own_device

@@ -16,7 +16,8 @@ from fastcure.accuracy import batches
 from fastcure.attacks import autoattack, pgd
 from fastcure.cli import main
 from fastcure.models import Normalize, build, resnet8
-from fastcure.outside import load_model, placed
+from fastcure.outside import load_model
+from fastcure.placement import placed
 
 OUTSIDE = """
 from torch import nn
