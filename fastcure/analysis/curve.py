@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure.accuracy import accuracy
+from fastcure.accuracy import accuracy, batches, right
 from fastcure.attacks import pgd
 from fastcure.attacks.gradient import Norm
 
@@ -32,9 +32,10 @@ def accuracy_curve(
     restarts: int = 1,
     seed: int = 0,
     batch_size: int = 256,
-    progress: Callable[[Iterable[float]], Iterable[float]] = iter,
+    at_once: int = 1,
+    progress: Callable[[Iterable[tuple[float, ...]]], Iterable[tuple[float, ...]]] = iter,
 ) -> AccuracyCurve:
-    """Measure accuracy under PGD at each radius; each radius starts from the same random numbers.
+    """Measure accuracy under PGD at each radius; radii that are measured one by one start from the same random numbers.
 
     Args:
         model: the network, normalisation inside; evaluated in evaluation mode.
@@ -43,14 +44,25 @@ def accuracy_curve(
         eps: radii, `>= 0`, in the units of `norm`; 0 is clean accuracy.
         steps, norm, restarts: as in `fastcure.attacks.pgd`.
         seed: of the random starts.
-        batch_size: images at a time.
-        progress: wraps the radii, to show how far it is.
+        batch_size: images at a time, those of all radii of a batch together.
+        at_once: radii in one batch: with few images on a GPU, more of them fill it.
+        progress: wraps the radii, in groups of `at_once`, to show how far it is.
 
     Raises:
         ValueError, FloatingPointError: as `pgd` does.
     """
-    values = []
-    for radius in progress(eps):
-        attack = partial(pgd, eps=radius, steps=steps, norm=norm, restarts=restarts)
-        values.append(accuracy(model, x, y, attack if radius else None, batch_size, seed))
+    if at_once < 1:
+        raise ValueError(f"at_once must be >= 1, got {at_once}")
+    values: list[float] = []
+    for group in progress([tuple(eps[i : i + at_once]) for i in range(0, len(eps), at_once)]):
+        if not any(group):  # nothing to attack
+            values += [accuracy(model, x, y, None, batch_size)] * len(group)
+            continue
+        count = torch.zeros(len(group), dtype=torch.int64, device=x.device)
+        for images, labels, generator in batches(x, y, max(1, batch_size // len(group)), seed):
+            radii = torch.tensor(group, dtype=torch.float64, device=x.device).repeat_interleave(len(images))
+            attack = partial(pgd, eps=radii, steps=steps, norm=norm, restarts=restarts, generator=generator)
+            copies = images.repeat(len(group), *[1] * (images.dim() - 1))
+            count += right(model, copies, labels.repeat(len(group)), attack).reshape(len(group), -1).sum(1)
+        values += (count.double() / len(x)).tolist()
     return AccuracyCurve(torch.tensor(eps, dtype=torch.float64), torch.tensor(values, dtype=torch.float64))
