@@ -328,7 +328,7 @@ def test_normal_training_needs_the_whole_batch(
 def test_memory_that_runs_out_elsewhere_is_one_line_too(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_module, "prepare", lambda *_: run_out())
+    monkeypatch.setattr(run_module, "adam", lambda *_: run_out())
     assert finetune(npz, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
