@@ -4,8 +4,8 @@
 
 RUN is the folder of a finetune run. The peers: `pip install foolbox` and `pip install --no-deps torchattacks`, which
 names torchvision as a dependency and does not import it. The exit status is 1 if accuracies differ by more than
-`--within` points. Where there is no random start all three compute the same; with one, the starts differ. In L2 those of
-torchattacks are of another distribution as well (the radius is uniform, not the point in the ball): such rows are
+`--within` points. Where there is no random start all three compute the same; with one, the starts differ. In L2 those
+of torchattacks are of another distribution as well (the radius is uniform, not the point in the ball): such rows are
 reported, and judged by foolbox alone.
 """
 
