@@ -11,8 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 EPILOG = """
-schedules: a number; 4x10,8x5,12x5 (10 epochs at 4, then 5 at 8, then 5 at 12); 0:4x30%%,4 (from 0 to 4 in the
-first 30 %% of the epochs, then 4); 1e-3:1e-5 (from one to the other throughout)
+schedules: a number; 4x10,8x5,12x5 (10 epochs at 4, then 5 at 8, then 5 at 12); 0:4x30%,4 (from 0 to 4 in the
+first 30 % of the epochs, then 4); 1e-3:1e-5 (from one to the other throughout)
 """
 
 

@@ -52,8 +52,9 @@ class CudaRecorder:
 
 
 def addresses(objective: Objective) -> tuple[Any, ...]:
-    """Return what a capture knows its parameters by: where and how they lie in memory, and which are trained."""
-    return tuple((p.data_ptr(), p.stride(), p.requires_grad) for p in objective.module.parameters())
+    """Return what a capture knows its tensors by: which they are, how they lie in memory, and which are trained."""
+    parameters = [(id(p), p.data_ptr(), p.shape, p.stride(), p.requires_grad) for p in objective.module.parameters()]
+    return *parameters, *((b.shape, b.dtype) for b in buffers(objective))
 
 
 def buffers(objective: Objective) -> list[Tensor]:

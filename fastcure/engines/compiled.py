@@ -69,6 +69,7 @@ class Compile(GraphEngine):
         )
         fresh = key not in programs
         if fresh:
+            _refuse_modules_of_two_names(objective.model)
             programs[key] = _compile(self.backend, power, x.device), folding
         program, folding = programs[key]  # with the very forwards that were compiled
         direction = None if direction is None else direction.detach()
@@ -79,23 +80,30 @@ class Compile(GraphEngine):
                 owner, _, rest = name.partition(".")
                 states[owner][rest] = tensor
             model_state = folding.state(objective.model, states["model"])
-            with folding.applied():
+            with folding.applied(), warnings.catch_warnings():
+                # The compiler looks at `.grad` of weights that are folded.
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
                 logits, loss, penalty = program(
                     *(objective.model, model_state, objective.module.loss_fn, states["loss_fn"]),
                     *(x, y, length, direction),
                 )
             return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
 
+        compiled = _compilations()
         if not fresh:
-            return run()
+            result = run()
+            if _compilations() == compiled:
+                return result
         began = time.perf_counter()
         logger.warning("fastcure: compiling %s for %s ...", type(objective.model).__name__, tuple(x.shape))
         try:
-            with warnings.catch_warnings():  # the compiler looks at `.grad` of weights that are folded
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-                result = run()
-            eager = Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=True)
-            self._check(result, eager)
+            result = run()
+            kept = objective.state
+            for state in (kept, _disturbed(kept, folding)) if folding.forwards else (kept,):
+                objective.state = state
+                eager = Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=True)
+                self._check(run(), eager)
+            objective.state = kept
         except BaseException:
             del programs[key]
             raise
@@ -117,8 +125,35 @@ class Compile(GraphEngine):
             off = (error / total) ** 0.5 if total else error
             raise RuntimeError(
                 f"the compiled gradients differ from the eager ones by {off:.1%}: the model has an operator whose "
-                "second derivative the compiler does not see; use engine='eager'"
+                "second derivative the compiler does not see, or it reads a batch norm's parameters or statistics "
+                "elsewhere than in that batch norm; use engine='eager'"
             )
+
+
+def _compilations() -> int:
+    """How many graphs torch has compiled up to now."""
+    import torch._dynamo.utils
+
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _disturbed(state: dict[str, Tensor], folding: Folding) -> dict[str, Tensor]:
+    """The state of an objective with other running statistics in what is folded."""
+    prefix = "model."
+    inner = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    return {**state, **{prefix + name: t for name, t in folding.disturbed(inner).items()}}
+
+
+def _refuse_modules_of_two_names(model: nn.Module) -> None:
+    """Raise if a module is found under two names: the compiler would leave its tensors replaced for good."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and any(True for _ in (*module.parameters(), *module.buffers())):
+            raise RuntimeError(
+                f"engine='compile' cannot take a model that has one module under two names, {names[module]} and "
+                f"{name}: use engine='eager'"
+            )
+        names.setdefault(module, name)
 
 
 def _compile(backend: str, power: int, device: torch.device) -> Compiled:
@@ -165,6 +200,7 @@ def _compile(backend: str, power: int, device: torch.device) -> Compiled:
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with (
             torch._functorch.config.patch(donated_buffer=False),  # it cannot serve a backward with retain_graph
+            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),  # hooks may come and go
             torch._inductor.config.patch(joint_custom_pre_pass=Rewrite()),
             sdpa_kernel(SDPBackend.MATH),
         ):

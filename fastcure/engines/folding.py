@@ -32,10 +32,11 @@ class Folding:
     def __init__(self, model: nn.Module, *, norms: bool) -> None:
         names = {module: name for name, module in model.named_modules()}
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        uses += Counter(id(b) for _, b in model.named_buffers(remove_duplicate=False))
 
         def own(*modules: nn.Module) -> bool:
-            """A parameter that another module has too must stay what it is."""
-            return all(uses[id(p)] == 1 for module in modules for p in module.parameters())
+            """What another module has too must stay what it is."""
+            return all(uses[id(t)] == 1 for module in modules for t in (*module.parameters(), *module.buffers()))
 
         folds = [(f.layer, f.norm) for f in folds_of(model) if f.norm.bias is not None and own(f.layer, f.norm)]
         self.folds = [(names[layer], names[norm]) for layer, norm in folds]
@@ -53,7 +54,7 @@ class Folding:
     @property
     def key(self) -> tuple[Any, ...]:
         """What a compilation depends on."""
-        return (*self.folds, *self.norms)
+        return (*self.folds, *self.norms, *self.forwards)
 
     def state(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state with which the forwards below compute the same; differentiable in `state`."""
@@ -72,6 +73,14 @@ class Folding:
                 new[f"{norm}.bias"] = t
             else:
                 new[f"{layer}.bias"] = (t + s * old).to(old.dtype)
+        return new
+
+    def disturbed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state with other running statistics: where nothing but the norms reads them, it shows."""
+        new = dict(state)
+        for norm in (*(norm for _, norm in self.folds), *self.norms):
+            new[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] + 0.3
+            new[f"{norm}.running_var"] = state[f"{norm}.running_var"] * 3
         return new
 
     @contextmanager

@@ -78,7 +78,8 @@ class Graphed:
         """Replay the backward.
 
         Raises:
-            RuntimeError: if another forward of this shape came in between: its values are in place of ours.
+            RuntimeError: if another forward of this shape came in between, whose values are in place of ours; at a
+                second backward; or if parameters have changed since.
         """
         return state.captured.backward(state.number, w_loss, w_penalty)
 
@@ -101,7 +102,7 @@ class _Captured:
         self.h = torch.ones(len(x), dtype=wide, device=x.device)
         self.direction = None if direction is None else direction.detach().clone()
         self.buffers = buffers(objective)
-        self.number = 0
+        self.number = self.sent = 0
         inner: Evaluation
 
         def forward() -> list[Tensor]:
@@ -138,6 +139,7 @@ class _Captured:
             mine.copy_(its)
         self.replay_forward()
         self.number += 1
+        self.versions = [p._version for p in self.parameters]
         logits, loss, penalty = (value.clone() for value in self.values if value is not None)
         return Evaluation(logits, loss, penalty, self.parameters, _Step(self, self.number))
 
@@ -147,6 +149,16 @@ class _Captured:
                 "engine='cuda_graph' holds one batch of a shape at a time, and another forward came before this "
                 "backward: send each step backward before the next, or use engine='eager'"
             )
+        if self.sent == number:
+            raise RuntimeError(
+                "engine='cuda_graph' frees what a step holds in its backward: send loss and penalty backward together, "
+                "or use engine='eager'"
+            )
+        if self.versions != [p._version for p in self.parameters]:
+            raise RuntimeError(
+                "parameters were modified in place since the forward: call backward before the optimiser"
+            )
+        self.sent = number
         for static, weight in ((self.w_loss, w_loss), (self.w_penalty, w_penalty)):
             static.zero_() if weight is None else static.copy_(weight)
         self.replay_backward()

@@ -6,7 +6,7 @@ Weight gradients. The compiled counterpart of `fastcure.convolution`: torch's do
 
 as `convolution(v^T, g^T, stride=dilation, dilation=stride)^T`, cut to the size of W, where ^T exchanges the first two
 dimensions: its kernel is as large as the image. That is the weight gradient of a convolution of `v` under `g`, whatever
-`v` and `g` are, so the rewriting need not know where they come from.
+`v` and `g` are, wherever the sizes are those of a convolution.
 
 Masks of ReLU. On the CPU inductor stores and loads the truth values of `y <= 0` one by one, at twenty times the price
 of the arithmetic around them; a mask of 0.0 and 1.0, and a product, stay in vectors.
@@ -31,7 +31,9 @@ class Rewrite(CustomGraphPass):
         """Rewrite a joint graph in place."""
         for node in graph.nodes:
             if _is_weight_gradient(node):
-                _write_weight_gradient(graph, node)
+                last, value = _cut(node)
+                if _sizes_fit(node, value):
+                    _write_weight_gradient(graph, node, last, value)
             elif _is_relu_mask(node):
                 _write_relu_mask(graph, node)
         graph.eliminate_dead_code()
@@ -51,14 +53,25 @@ def _is_weight_gradient(node: Node) -> bool:
     return isinstance(kernel, Node) and _exchanges(kernel)
 
 
-def _write_weight_gradient(graph: Graph, node: Node) -> None:
-    v, g, _, dilation, padding, stride, *_ = node.args
+def _cut(node: Node) -> tuple[Node, Any]:
+    """Return the node that is gW, and its value: without groups, the cut to the size of W follows, if there is any."""
     last, value = node, node.meta["val"].transpose(0, 1)
     cut = _only_user(node)
-    if cut is not None and _exchanges(cut):  # no groups: the cut to the size of W follows at once, if there is any
+    if cut is not None and _exchanges(cut):
         while cut is not None and (cut.target is aten.slice.Tensor or last is node):
             last, value, cut = cut, cut.meta["val"], _only_user(cut)
+    return last, value
 
+
+def _sizes_fit(node: Node, weight: Any) -> bool:
+    """Tell whether a convolution of `v` with a kernel of the size of `weight` gives what has the size of `g`."""
+    v, g, _, dilation, padding, stride, *_ = node.args
+    sizes: Any = (v.meta["val"].shape[2:], g.meta["val"].shape[2:], weight.shape[2:], stride, padding, dilation)  # type: ignore[union-attr]
+    return all((n + 2 * p - d * (k - 1) - 1) // s + 1 == m for n, m, k, s, p, d in zip(*sizes, strict=True))
+
+
+def _write_weight_gradient(graph: Graph, node: Node, last: Node, value: Any) -> None:
+    v, g, _, dilation, padding, stride, *_ = node.args
     with graph.inserting_before(last):
 
         def exchanged(tensor: Any) -> Node:
@@ -77,8 +90,10 @@ def _write_weight_gradient(graph: Graph, node: Node) -> None:
 
 
 def _is_relu_mask(node: Node) -> bool:
-    """Tell `where(y <= 0, 0, g)` on the CPU."""
+    """Tell the derivative of a ReLU, `where(y <= 0, 0, g)`, on the CPU; a `where` of the model's stays what it is."""
     if node.target is not aten.where.self or node.meta["val"].device.type != "cpu":
+        return False
+    if str(node.meta.get("original_aten")) != "aten.threshold_backward.default":  # a deep copy of it, in the meta
         return False
     mask, zero, _ = node.args
     return (

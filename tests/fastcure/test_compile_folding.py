@@ -12,6 +12,7 @@ from fastcure import curvature, prepare
 from fastcure.engines import ENGINES
 from fastcure.engines.compiled import Compile
 from fastcure.engines.folding import Folding
+from fastcure.layers import UsedElsewhereError
 
 # Of torch's own making, in torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -92,3 +93,70 @@ def test_a_hook_added_later_takes_the_batch_norm_out(counter: CompileCounterWith
     assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
     handle.remove()
     assert relative(gradients(model, x, y, "compile"), before) == 0
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_batch_norm_replaced_later_is_seen(counter: CompileCounterWithBackend, prepared: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    x, y = torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
+    for _ in range(2):
+        if prepared:
+            prepare(model, x)
+        assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
+        model[1] = nn.BatchNorm2d(4).double()
+        model.train()(x * 3 + 1)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_hooks_added_later_are_heeded(counter: CompileCounterWithBackend, layer: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    x, y = torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
+    gradients(model, x, y, "compile")
+    model[layer].register_forward_hook(lambda module, args, output: output * 1.7)
+    assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10
+
+
+class Peeking(nn.Module):
+    """Reads a batch norm's weight beside it; or goes another way later."""
+
+    def __init__(self, skip: bool | None = None) -> None:
+        super().__init__()
+        self.skip = skip
+        self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.skip is None:
+            x = self.norm(x) * self.norm.weight.abs().reshape(-1, 1, 1)
+        elif not self.skip:
+            x = self.norm(x)
+        return self.fc(torch.nn.functional.gelu(x).flatten(1))
+
+
+def test_what_reads_a_batch_norm_elsewhere_is_refused(counter: CompileCounterWithBackend) -> None:
+    """Also of an initial one, whose weight is nearly that of its map."""
+    torch.manual_seed(0)
+    model, x, y = Peeking().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
+    with pytest.raises(RuntimeError, match=r"reads a batch norm's parameters or statistics elsewhere"):
+        curvature(model, x, y, engine="compile")
+
+
+def test_a_path_that_changes_later_is_refused(counter: CompileCounterWithBackend) -> None:
+    torch.manual_seed(0)
+    model, x, y = Peeking(skip=False).double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
+    prepare(model, x)
+    curvature(model, x, y, engine="compile")
+    model.skip = True
+    with pytest.raises(UsedElsewhereError):
+        curvature(model, x, y, engine="compile")
+
+
+def test_a_module_under_two_names_is_refused(counter: CompileCounterWithBackend) -> None:
+    block = nn.Linear(3, 3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), block, nn.GELU(), block)
+    parameters = list(model.parameters())
+    with pytest.raises(RuntimeError, match=r"one module under two names, 2 and 4: use engine='eager'"):
+        curvature(model, torch.rand(2, 4), torch.tensor([0, 1]), engine="compile")
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

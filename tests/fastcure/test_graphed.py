@@ -167,3 +167,30 @@ def test_an_attack_on_the_cpu_cannot_be_captured() -> None:
     model, x, y = network(torch.device("cpu"))
     with pytest.raises(ValueError, match="cuda_graph=True wants tensors on cuda, got cpu"):
         pgd(model, x, y, cuda_graph=True)
+
+
+def test_parameters_replaced_over_the_same_memory_are_seen(device: torch.device) -> None:
+    model, x, y = network(device)
+    weights = torch.ones(5, device=device, dtype=torch.float64)
+    gradients(model, x, y, weights, engine="cuda_graph")
+    model.load_state_dict(model.state_dict(), assign=True)
+    model[0].weight = nn.Parameter(model[0].weight.data)  # type: ignore[index,union-attr]
+    theirs = gradients(model, x, y, weights, engine="reference")
+    same(gradients(model, x, y, weights, engine="cuda_graph"), theirs)
+
+
+def test_a_second_backward_is_refused(device: torch.device) -> None:
+    model, x, y = network(device)
+    out = curvature(model, x, y, engine="cuda_graph")
+    out.loss.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="send loss and penalty backward together"):
+        out.penalty.sum().backward()
+
+
+def test_weights_changed_before_the_backward_are_refused(device: torch.device) -> None:
+    model, x, y = network(device)
+    out = curvature(model, x, y, engine="cuda_graph")
+    with torch.no_grad():
+        model[0].weight.mul_(2)  # type: ignore[index,union-attr,operator]
+    with pytest.raises(RuntimeError, match="call backward before the optimiser"):
+        out.penalty.sum().backward()

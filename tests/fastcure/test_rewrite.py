@@ -115,3 +115,19 @@ def _flops(node: Node) -> int:
 
     args = torch.utils._pytree.tree_map(value, node.args, is_leaf=lambda item: isinstance(item, Node))
     return int(count(*args, out_val=node.meta["val"]))
+
+
+def test_a_where_of_the_models_own_stays_what_it_is(graphs: list[Graph]) -> None:
+    """As a product with a mask it would be NaN, where the logarithm is."""
+
+    class Logarithm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x <= 0, 0.0, torch.log(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), Logarithm(), nn.Linear(6, 3)).double()
+    x, y = torch.rand(4, 2, 2, 2).double(), torch.tensor([0, 2, 1, 0])
+    with torch.no_grad():
+        assert (model[1](x.flatten(1)) < 0).any()
+    out = curvature(model, x, y, h=0.01, engine="compile")
+    assert torch.allclose(out.logits, curvature(model, x, y, h=0.01, engine="reference").logits)
