@@ -77,6 +77,6 @@ def test_steps(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
         print(f"  {title:<26} {median * 1e3:9.1f} ms  {ratio:6.2f} x standard  {cost[title]:5.1f} F  {mib:6d} MiB")
         row = {"model": workload.model, "batch": workload.batch, "dtype": str(workload.amp).removeprefix("torch.")}
         row |= {"channels_last": workload.channels_last, "step": title, "milliseconds": round(median * 1e3, 3)}
-        row |= {"ratio_to_standard": round(ratio, 3), "forwards": round(cost[title], 2), "peak_MiB": mib}
+        row |= {"ratio_to_standard": round(ratio, 3), "forwards": round(cost[title], 2) or "", "peak_MiB": mib}
         ROWS.append(row)
     write(f"step-{DEVICE.type}", ROWS, DEVICE)

@@ -67,6 +67,8 @@ def _finetune(
     if folder.finished:
         say(f"the run in {folder.path} is finished: nothing is left to do")
         return folder.read_json("metrics.json")
+    if settings.engine == "cuda_graph" and ranks.device.type != "cuda":
+        raise ValueError(f"--engine cuda_graph wants a CUDA device, got {ranks.device}: leave it out")
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     torch.manual_seed(settings.seed)
     model = placed(make_model(settings, data), settings.model, data.x_test.shape[1:], ranks.device)

@@ -149,6 +149,10 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--batch-size", "0"], "batch_size must be >= 1"),
         (["--model", "vgg"], "model must be one of resnet8, resnet18, wide_resnet28_10, got 'vgg'"),
         (["--engine", "fast"], "engine must be one of auto"),
+        (
+            ["--engine", "cuda_graph", "--device", "cpu"],
+            "--engine cuda_graph wants a CUDA device, got cpu: leave it out",
+        ),
         (["--batch-stats", "train"], "batch_stats must be one of frozen, split"),
         (["--eps", "2"], "eps must be radii in (0, 1]"),
         (["--preset", "best"], "preset must be one of digits, svhn-paper, got 'best'"),
