@@ -6,6 +6,7 @@ batch norm, so that two of them differ in what they are called after.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Recipe:
     """The penalty is there at each so many-th step, as many times as strong."""
     mix: float = 0.0
     """Share of the loss taken at `x + h z`, whose forward the penalty has made anyhow."""
+    engine: str = "eager"
+    """Of the penalty: "eager", or "first_order" for finite differences of parameter gradients."""
     adaptive: bool = False
     """gamma is in units of (mean loss) / (mean penalty) of the batch."""
 
@@ -62,6 +65,8 @@ class Recipe:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.batch_stats not in ("train", "frozen", "split"):
             raise ValueError(f"batch_stats must be train, frozen or split, got {self.batch_stats!r}")
+        if self.engine != "eager" and (self.mix or self.batch_stats == "train"):
+            raise ValueError(f"engine={self.engine!r} needs mix=0 and frozen or split statistics, got {self}")
         if (self.fraction < 1 or self.every > 1) and self.batch_stats != "frozen":
             raise ValueError(f"a partial penalty needs batch_stats='frozen', got {self.batch_stats!r}")
 
@@ -181,12 +186,15 @@ def penalise(
     model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment, count: int, w_loss: float
 ) -> float:
     """Add the gradients of `w_loss * loss + gamma * penalty`: sums over x divided by `count`, gamma by its share."""
-    engine, training = ENGINES["eager"], recipe.batch_stats == "train"
+    engine, training = ENGINES[recipe.engine], recipe.batch_stats == "train"
     objective = Recorded(model, update=training and w_loss > 0)
-    with torch.enable_grad(), nullcontext() if training else evaluation_mode(model):
+    with torch.enable_grad(), warnings.catch_warnings(), nullcontext() if training else evaluation_mode(model):
+        warnings.simplefilter("ignore")  # what the first-order engine says of kinks is what is measured here
         found = engine.forward(objective, x, y, moment.h, power=recipe.power, direction=None, differentiable=True)
-    first, second = objective.losses
-    state = found.state._replace(loss=torch.lerp(first, second, recipe.mix)) if recipe.mix else found.state
+    state = found.state
+    if recipe.mix:
+        first, second = objective.losses
+        state = state._replace(loss=torch.lerp(first, second, recipe.mix))
     penalty = found.penalty.mean()
     gamma = moment.gamma * recipe.every * count / len(x)
     if recipe.adaptive:

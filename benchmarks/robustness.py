@@ -1,6 +1,8 @@
 """Robustness for the compute it costs: CURE against adversarial training on a grid of runs, one row each.
 
     python benchmarks/robustness.py                                     Fashion-MNIST, sized for one CPU core
+    python benchmarks/robustness.py --preset large                      the same at twice the radius, a smaller grid
+    python benchmarks/robustness.py --preset smooth                     a network without kinks: exact or first order
     python benchmarks/robustness.py --preset cifar --cifar10-jpeg FILE  CIFAR-10 (JPEG), a smaller grid
     python benchmarks/robustness.py --preset gpu --dataset cifar10      ResNet-18, all images, the paper's budget
     python benchmarks/robustness.py --plot                              the picture of the rows that are there
@@ -22,7 +24,7 @@ import torch
 from methods import Recipe
 from record import FOLDER, context
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import Sizes, full, main_only, normal
+from robustness_grid import Sizes, full, long, normal, smooth
 from robustness_plot import draw
 from robustness_run import Run, Setting
 from robustness_table import KEY, MAY_DIFFER, Row, Table
@@ -33,9 +35,11 @@ GAMMAS = {
     "CURE train": (1.0, 0.3),
     "CURE at FGSM": (0.1, 0.3),
     "CURE at FGSM, train": (0.1, 0.3),
+    "CURE at FGSM-RS, train": (0.1, 0.3),
     "CURE + FGSM-RS": (0.1, 0.3),
     "input gradient": (1.0, 0.1),
     "TRADES-2": (3.0, 6.0),
+    "CURE first order": (1.0, 0.3),
 }
 
 CPU = Sizes(
@@ -48,6 +52,8 @@ CPU = Sizes(
     seeds=(1, 2),
 )
 CIFAR = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255), seeds=(1,))
+LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), seeds=(1,))
+SMOOTH = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, model="resnet8-gelu"), steps=(), seeds=(1,))
 GPU = Sizes(
     Setting("cifar10", "resnet18", 8 / 255, 0, 1000, 10000, 128, 1000),
     budgets=(85.0, 255.0, 510.0),
@@ -66,7 +72,14 @@ TINY = Sizes(
     steps=(),
     seeds=(),
 )
-PRESETS = {"cpu": (CPU, full), "cifar": (CIFAR, main_only), "gpu": (GPU, full), "tiny": (TINY, full)}
+PRESETS = {
+    "cpu": (CPU, full),
+    "large": (LARGE, long),
+    "smooth": (SMOOTH, smooth),
+    "cifar": (CIFAR, long),
+    "gpu": (GPU, full),
+    "tiny": (TINY, full),
+}
 
 
 class Study:
@@ -157,7 +170,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--dataset", help="of fastcure.data.load, in place of the preset's")
-    parser.add_argument("--main", action="store_true", help="the main methods only")
     parser.add_argument("--eps", type=float, help="radius in [0, 1], in place of the preset's")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--cifar10-jpeg", type=Path, help=f"the file of {JPEG}")
@@ -180,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             differ = check_row(Study(sizes, images, table, device, None), given.check_row)
             print(f"row {given.check_row}: " + (f"differs in {', '.join(differ)}" if differ else "the same"))
             return int(bool(differ))
-        (main_only if given.main else grid)(Study(sizes, images, table, device, given.cache), sizes)
+        grid(Study(sizes, images, table, device, given.cache), sizes)
     print(f"picture in {draw(table.rows, given.out.with_suffix('.png'))}")
     return 0
 

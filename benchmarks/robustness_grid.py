@@ -27,7 +27,9 @@ COST = {
     "CURE train": 12.0,
     "CURE at FGSM": 12.0,
     "CURE at FGSM, train": 12.0,
+    "CURE at FGSM-RS, train": 12.0,
     "CURE + FGSM-RS": 17.0,
+    "CURE first order": 16.0,
 }
 """F a sample, by which a budget is turned into epochs; a row has the counted one."""
 
@@ -43,7 +45,9 @@ KIND: dict[str, dict[str, Any]] = {
     **{f"CURE {mode}": {"method": "cure", "batch_stats": mode} for mode in ("frozen", "split", "train")},
     "CURE at FGSM": {"method": "cure", "batch_stats": "frozen", "mix": 1.0},
     "CURE at FGSM, train": {"method": "cure", "mix": 1.0},
+    "CURE at FGSM-RS, train": {"method": "cure", "mix": 1.0, "noise": 1.0},
     "CURE + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1},
+    "CURE first order": {"method": "cure", "batch_stats": "frozen", "engine": "first_order"},
 }
 
 
@@ -79,27 +83,54 @@ class Study(Protocol):
 
 
 MAIN = ("standard", "CURE frozen", "CURE train", "CURE at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
-OTHERS = ("TRADES-2", "CURE split", "FGSM", "CURE at FGSM", "CURE + FGSM-RS", "input gradient")
+OTHERS = (
+    "CURE at FGSM-RS, train",
+    "TRADES-2",
+    "CURE split",
+    "FGSM",
+    "CURE at FGSM",
+    "CURE + FGSM-RS",
+    "input gradient",
+)
+LONG = ("FGSM", "FGSM-RS", "CURE at FGSM, train", "CURE frozen", "PGD-7")
 
 
 def full(study: Study, sizes: Sizes) -> None:
     """Everything, the most telling first."""
     main_only(study, sizes)
-    for label in OTHERS:
-        search(study, label, sizes)
-    for label in MAIN:
-        for budget in sizes.budgets[::2]:
+    low, _, high = sizes.budgets
+    for budget in (high, low):
+        for label in MAIN:
             study.run(at(study.best(label), budget), 0, "budget")
     for label in OTHERS:
-        study.examine(study.best(label), 0)
+        search(study, label, sizes)
     for recipe in ablations(study.best("CURE frozen"), sizes):
         study.run(recipe, 0, "ablation")
     for label in ("PGD-7", "FGSM-RS"):
         study.run(replace(study.best(label), label=f"{label}, frozen", batch_stats="frozen"), 0, "ablation")
-    for label in ("CURE frozen", "CURE train", "PGD-7"):
-        study.run(from_scratch(study.best(label), sizes), 0, "scratch")
     study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
-    study.examine(study.best("PGD-10"), 0)
+    for label in ("CURE frozen", "CURE train", "FGSM-RS", "PGD-7"):
+        study.run(from_scratch(study.best(label), sizes), 0, "scratch")
+    for label in (*OTHERS, "PGD-10"):
+        study.examine(study.best(label), 0)
+
+
+def long(study: Study, sizes: Sizes) -> None:
+    """The main methods, and the high budget, at which one-step training may overfit."""
+    main_only(study, sizes)
+    search(study, "FGSM", sizes)
+    for label in LONG:
+        study.run(at(study.best(label), sizes.budgets[2]), 0, "budget")
+
+
+def smooth(study: Study, sizes: Sizes) -> None:
+    """The exact gradient against finite differences of parameter gradients, on a network without kinks."""
+    for label in ("CURE frozen", "CURE first order"):
+        search(study, label, sizes)
+        study.examine(study.best(label), 0)
+    for seed in sizes.seeds:
+        for label in ("CURE frozen", "CURE first order"):
+            study.run(study.best(label), seed, "seed")
 
 
 def main_only(study: Study, sizes: Sizes) -> None:
@@ -108,11 +139,11 @@ def main_only(study: Study, sizes: Sizes) -> None:
         study.run(first(label, sizes), 0, "search")
     for label in MAIN:
         search(study, label, sizes)
-    for label in MAIN:
-        study.examine(study.best(label), 0)
     for seed in sizes.seeds:
         for label in MAIN:
             study.run(study.best(label), seed, "seed")
+    for label in MAIN:
+        study.examine(study.best(label), 0)
 
 
 def normal(sizes: Sizes) -> Recipe:
@@ -134,7 +165,7 @@ def search(study: Study, label: str, sizes: Sizes) -> None:
         study.run(replace(study.best(label), gamma=ramp(gamma)), 0, "search")
     for lr in sizes.rates[1:]:
         study.run(replace(study.best(label), lr=rate(lr)), 0, "search")
-    if label in ("CURE frozen", "CURE at FGSM"):
+    if label == "CURE frozen":
         for h in sizes.steps:
             study.run(replace(study.best(label), h=f"{h:g}"), 0, "search")
 
@@ -154,8 +185,9 @@ def ablations(best: Recipe, sizes: Sizes) -> list[Recipe]:
         "FGSM and noise": {"mix": 1.0, "noise": 1.0},
         "fraction 1/4": {"fraction": 0.25},
         "every 4th": {"every": 4},
+        "first order": {"engine": "first_order"},
     }
-    cost = {"fraction 1/4": 5.3, "every 4th": 5.3}
+    cost = {"fraction 1/4": 5.3, "every 4th": 5.3, "first order": 16.0}
     return [
         at(replace(best, label=f"CURE: {name}", **change), sizes.budgets[1], cost.get(name, 12.0))
         for name, change in changes.items()

@@ -16,6 +16,7 @@ import torch
 from methods import Moment, Recipe, gradients
 from robustness_data import Images, as_floats
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastcure import eps_to_h, prepare
@@ -24,12 +25,13 @@ from fastcure.attacks import autoattack, pgd
 from fastcure.checklist import masking_checklist
 from fastcure.data import Loader
 from fastcure.flops import FlopCounter
-from fastcure.models import build
+from fastcure.models import MODELS, resnet8
 from fastcure.objective import evaluation_mode
 from fastcure.training.schedule import parse_schedule
 
 Columns = dict[str, Any]
 RESTARTS, FOLLOWED, MEASURED = 5, 128, 200
+NETWORKS: dict[str, Callable[..., nn.Module]] = {**MODELS, "resnet8-gelu": partial(resnet8, activation=F.gelu)}
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,13 @@ class Run:
         torch.manual_seed(self.seed)
         mean, std = self.images.moments
         channels = self.images.train[0].shape[1]
-        model = build(self.setting.model, self.images.classes, channels, mean, std)
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = NETWORKS[self.setting.model](self.images.classes, channels, mean, std)
+        model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return prepare(model, self._part(self.images.train, 1)[0])
 
     def _train(self, model: nn.Module) -> Columns:
         recipe, setting = self.recipe, self.setting
         cost = self.cost(copy.deepcopy(model))
-        if recipe.batch_stats != "train":
-            prepare(model, self._part(self.images.train, 1)[0])
         schedules = {name: parse_schedule(name, getattr(recipe, name), recipe.epochs) for name in ("lr", "gamma", "h")}
         order = torch.Generator().manual_seed(self.seed)
         x, y = self.images.train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,15 @@ from torch.nn import functional as F
 
 from fastcure.models.normalize import Normalize
 
+Activation = Callable[[Tensor], Tensor]
+
 
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norms, and a shortcut around them."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: Activation = F.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
@@ -28,8 +31,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, inputs, H, W)` to `(B, outputs, H/stride, W/stride)`."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = self.activation(self.bn1(self.conv1(x)))
+        return self.activation(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -39,6 +42,7 @@ class ResNet(nn.Module):
         blocks: number of blocks of each stage.
         widths: channels of each stage.
         classes, channels, mean, std: see `fastcure.models.build`.
+        activation: elementwise; a smooth one (`torch.nn.functional.gelu`) gives a network without kinks.
     """
 
     def __init__(
@@ -49,8 +53,10 @@ class ResNet(nn.Module):
         channels: int = 3,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
+        activation: Activation = F.relu,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.normalize = Normalize(channels, mean, std)
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -58,7 +64,9 @@ class ResNet(nn.Module):
         for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
             strides = [1 if stage == 0 else 2] + [1] * (count - 1)
             stages.append(
-                nn.Sequential(*[BasicBlock(inputs if i == 0 else width, width, s) for i, s in enumerate(strides)])
+                nn.Sequential(
+                    *[BasicBlock(inputs if i == 0 else width, width, s, activation) for i, s in enumerate(strides)]
+                )
             )
             inputs = width
         self.stages = nn.Sequential(*stages)
@@ -69,21 +77,29 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, H, W)` to logits `(B, classes)`."""
-        x = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        x = self.activation(self.bn1(self.conv1(self.normalize(x))))
         x = self.stages(x)
         # A mean, and no adaptive pooling: its double backward is cheap and deterministic on every device.
         return self.fc(torch.flatten(x, 2).mean(2))
 
 
 def resnet8(
-    classes: int = 10, channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
+    classes: int = 10,
+    channels: int = 3,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.25,),
+    activation: Activation = F.relu,
 ) -> ResNet:
     """Three stages of one block, 16, 32 and 64 channels wide: 78 thousand parameters, for laptops."""
-    return ResNet((1, 1, 1), (16, 32, 64), classes, channels, mean, std)
+    return ResNet((1, 1, 1), (16, 32, 64), classes, channels, mean, std, activation)
 
 
 def resnet18(
-    classes: int = 10, channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
+    classes: int = 10,
+    channels: int = 3,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.25,),
+    activation: Activation = F.relu,
 ) -> ResNet:
     """Four stages of two blocks, 64 to 512 channels wide: 11.2 million parameters, the paper's network."""
-    return ResNet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels, mean, std)
+    return ResNet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels, mean, std, activation)

@@ -12,7 +12,7 @@ from methods import METHODS, Moment, Recipe, gradients
 from PIL import Image
 from robustness import TINY, Study, check_row, recipe_of
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import COST, KIND, first, full, peak
+from robustness_grid import COST, KIND, first, full, long, peak, smooth
 from robustness_plot import draw
 from robustness_run import Run
 from robustness_table import Table
@@ -157,7 +157,8 @@ def test_the_grid_asks_for_what_it_has_searched() -> None:
             assert (recipe, seed) in self.runs
 
     recorder = Recorder()
-    full(recorder, dataclasses.replace(TINY, seeds=(1,)))
+    for grid in (full, long, smooth):
+        grid(recorder, dataclasses.replace(TINY, seeds=(1,)))
     assert recorder.searched.keys() == COST.keys()
     assert all(peak(recipe.lr) > 0 for recipe, _ in recorder.runs)
 
