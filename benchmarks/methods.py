@@ -67,7 +67,8 @@ class Recipe:
             raise ValueError(f"batch_stats must be train, frozen or split, got {self.batch_stats!r}")
         if self.engine != "eager" and (self.mix or self.batch_stats == "train"):
             raise ValueError(f"engine={self.engine!r} needs mix=0 and frozen or split statistics, got {self}")
-        if (self.fraction < 1 or self.every > 1) and self.batch_stats != "frozen":
+        partial = self.every > 1 or (self.fraction < 1 and self.method != "cure+adversarial")
+        if partial and self.batch_stats != "frozen":
             raise ValueError(f"a partial penalty needs batch_stats='frozen', got {self.batch_stats!r}")
 
 
@@ -120,8 +121,7 @@ def cure(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment)
         standard(model, x, y, recipe, moment)
     chosen = x, y
     if recipe.fraction < 1:
-        some = torch.randperm(count, generator=moment.generator).to(x.device)
-        some, rest = some.split([round(recipe.fraction * count), count - round(recipe.fraction * count)])
+        some, rest = (part.to(x.device) for part in drawn(count, recipe, moment))
         chosen = x[some], y[some]
         with mode(model, recipe):
             (cross_entropy(model(x[rest]), y[rest]).sum() / count).backward()
@@ -129,9 +129,10 @@ def cure(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment)
 
 
 def cure_adversarial(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment) -> float:
-    """Cross-entropy at adversarial points, and the curvature penalty at x."""
+    """Cross-entropy at adversarial points, and the curvature penalty at some x."""
     adversarial(model, x, y, recipe, moment)
-    return penalise(model, x, y, recipe, moment, len(x), w_loss=0.0)
+    some = drawn(len(x), recipe, moment)[0].to(x.device)
+    return penalise(model, x[some], y[some], recipe, moment, len(x), w_loss=0.0)
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment) -> float:
@@ -180,6 +181,12 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, steps: int, moment: Moment)
     step_size = {0: 1.0, 1: RS_STEP}.get(steps, 2.5 / max(steps, 1)) * moment.eps
     start = {"random_start": steps > 0, "generator": moment.generator}
     return pgd(model, x, y, moment.eps, step_size, max(steps, 1), **start)
+
+
+def drawn(count: int, recipe: Recipe, moment: Moment) -> tuple[Tensor, ...]:
+    """Indices of the samples with the penalty, drawn at random, and of the others."""
+    some = round(recipe.fraction * count)
+    return torch.randperm(count, generator=moment.generator).split([some, count - some])
 
 
 def penalise(

@@ -24,7 +24,7 @@ import torch
 from methods import Recipe
 from record import FOLDER, context
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import Sizes, full, long, normal, smooth
+from robustness_grid import MAIN, Sizes, full, long, main_only, normal, smooth
 from robustness_plot import draw
 from robustness_run import Run, Setting
 from robustness_table import KEY, MAY_DIFFER, Row, Table
@@ -37,6 +37,7 @@ GAMMAS = {
     "CURE at FGSM, train": (0.1, 0.3),
     "CURE at FGSM-RS, train": (0.1, 0.3),
     "CURE + FGSM-RS": (0.1, 0.3),
+    "CURE/4 + FGSM-RS": (0.1, 0.3),
     "input gradient": (1.0, 0.1),
     "TRADES-2": (3.0, 6.0),
     "CURE first order": (1.0, 0.3),
@@ -50,9 +51,11 @@ CPU = Sizes(
     gammas=GAMMAS,
     steps=(0.5, 1.5),
     seeds=(1, 2),
+    examined=MAIN,
 )
-CIFAR = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255), seeds=(1,))
-LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), seeds=(1,))
+FEWER = {"seeds": (1,), "examined": ("CURE frozen", "CURE at FGSM, train", "FGSM-RS", "PGD-7")}
+CIFAR = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255), **FEWER)
+LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), **FEWER)
 SMOOTH = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, model="resnet8-gelu"), steps=(), seeds=(1,))
 GPU = Sizes(
     Setting("cifar10", "resnet18", 8 / 255, 0, 1000, 10000, 128, 1000),
@@ -62,6 +65,7 @@ GPU = Sizes(
     gammas=GAMMAS | {"CURE frozen": (4.0, 1.0, 12.0)},
     steps=(0.5, 0.72, 1.5),
     seeds=(1, 2),
+    examined=MAIN,
 )
 TINY = Sizes(
     Setting("digits", "resnet8", 0.1, 64, 32, 32, 32, 8),
@@ -71,12 +75,13 @@ TINY = Sizes(
     gammas={label: gammas[:1] for label, gammas in GAMMAS.items()},
     steps=(),
     seeds=(),
+    examined=MAIN,
 )
 PRESETS = {
     "cpu": (CPU, full),
     "large": (LARGE, long),
     "smooth": (SMOOTH, smooth),
-    "cifar": (CIFAR, long),
+    "cifar": (CIFAR, main_only),
     "gpu": (GPU, full),
     "tiny": (TINY, full),
 }

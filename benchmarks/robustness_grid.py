@@ -30,6 +30,7 @@ COST = {
     "CURE at FGSM-RS, train": 12.0,
     "CURE + FGSM-RS": 17.0,
     "CURE first order": 16.0,
+    "CURE/4 + FGSM-RS": 8.0,
 }
 """F a sample, by which a budget is turned into epochs; a row has the counted one."""
 
@@ -47,6 +48,7 @@ KIND: dict[str, dict[str, Any]] = {
     "CURE at FGSM, train": {"method": "cure", "mix": 1.0},
     "CURE at FGSM-RS, train": {"method": "cure", "mix": 1.0, "noise": 1.0},
     "CURE + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1},
+    "CURE/4 + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1, "fraction": 0.25},
     "CURE first order": {"method": "cure", "batch_stats": "frozen", "engine": "first_order"},
 }
 
@@ -67,6 +69,8 @@ class Sizes:
     """Finite steps to choose from besides that of eps."""
     seeds: tuple[int, ...]
     """Besides 0."""
+    examined: tuple[str, ...]
+    """Which of the main methods' best are put under AutoAttack and the checklist."""
 
 
 class Study(Protocol):
@@ -118,7 +122,8 @@ def full(study: Study, sizes: Sizes) -> None:
 def long(study: Study, sizes: Sizes) -> None:
     """The main methods, and the high budget, at which one-step training may overfit."""
     main_only(study, sizes)
-    search(study, "FGSM", sizes)
+    for label in ("FGSM", "CURE/4 + FGSM-RS"):
+        search(study, label, sizes)
     for label in LONG:
         study.run(at(study.best(label), sizes.budgets[2]), 0, "budget")
 
@@ -142,7 +147,7 @@ def main_only(study: Study, sizes: Sizes) -> None:
     for seed in sizes.seeds:
         for label in MAIN:
             study.run(study.best(label), seed, "seed")
-    for label in MAIN:
+    for label in sizes.examined:
         study.examine(study.best(label), 0)
 
 
