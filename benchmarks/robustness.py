@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -119,12 +120,17 @@ class Study:
 
     def best(self, label: str) -> Recipe:
         """Return the searched recipe of a label that is best under PGD-10 on validation images."""
-        wanted = {name: str(value) for name, value in dataclasses.asdict(self.sizes.setting).items()} | {"label": label}
+        wanted = {name: str(value) for name, value in dataclasses.asdict(self.sizes.setting).items()}
+        wanted |= {"label": label, "stage": "search"}
         rows = [row for row in self.table.rows if all(row[name] == value for name, value in wanted.items())]
-        rows = [row for row in rows if row["stage"] == "search"]
         if not rows:
             raise ValueError(f"{label} must be searched before it is chosen from")
         return recipe_of(max(rows, key=lambda row: float(row["val_pgd10"])))
+
+    def best_of(self, recipes: Sequence[Recipe]) -> Recipe:
+        """Return the best recipe under PGD-10 on validation images, the first of equals."""
+        rows = [self.table.find(self.made(recipe, 0).key) for recipe in recipes]
+        return recipe_of(max((row for row in rows if row), key=lambda row: float(row["val_pgd10"])))
 
     def made(self, recipe: Recipe, seed: int) -> Run:
         """Return a run, with the one that it starts from."""

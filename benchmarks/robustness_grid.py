@@ -7,6 +7,7 @@ seeds and budgets. Test images decide nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -81,6 +82,9 @@ class Study(Protocol):
 
     def best(self, label: str) -> Recipe:
         """Return the searched recipe of a label that is best on validation images."""
+
+    def best_of(self, recipes: Sequence[Recipe]) -> Recipe:
+        """Return the recipe that is best on validation images, the first of equals; each has been run from seed 0."""
 
     def examine(self, recipe: Recipe, seed: int) -> None:
         """Put a run under AutoAttack and the checklist, unless that is done."""
@@ -165,14 +169,19 @@ def first(label: str, sizes: Sizes) -> Recipe:
 
 def search(study: Study, label: str, sizes: Sizes) -> None:
     """Choose gamma, then the learning rate, then h, each for the best of those before it."""
-    study.run(first(label, sizes), 0, "search")
-    for gamma in sizes.gammas.get(label, ())[1:]:
-        study.run(replace(study.best(label), gamma=ramp(gamma)), 0, "search")
-    for lr in sizes.rates[1:]:
-        study.run(replace(study.best(label), lr=rate(lr)), 0, "search")
+    seen = [first(label, sizes)]
+    study.run(seen[0], 0, "search")
+
+    def choose(name: str, values: Sequence[str]) -> None:
+        best = study.best_of(seen)
+        for value in values:
+            seen.append(replace(best, **{name: value}))
+            study.run(seen[-1], 0, "search")
+
+    choose("gamma", [ramp(gamma) for gamma in sizes.gammas.get(label, ())[1:]])
+    choose("lr", [rate(top) for top in sizes.rates[1:]])
     if label == "CURE frozen":
-        for h in sizes.steps:
-            study.run(replace(study.best(label), h=f"{h:g}"), 0, "search")
+        choose("h", [f"{h:g}" for h in sizes.steps])
 
 
 def ablations(best: Recipe, sizes: Sizes) -> list[Recipe]:

@@ -10,7 +10,7 @@ from fastcure.checks import check_positive
 from fastcure.curvature import BatchStats, check_arguments, check_modes, curvature
 from fastcure.data_parallel import sent_backward_once
 from fastcure.engines import select
-from fastcure.microbatch import in_parts
+from fastcure.microbatch import check_parts, in_parts
 from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
 
 
@@ -41,7 +41,8 @@ class CURE(nn.Module):
         loss_fn, power, engine, batch_stats: as in `fastcure.curvature`.
         microbatch: evaluate this many samples at a time: the same numbers, with the memory of so many. The gradients of
             `total` are then computed in the forward and only scaled in the backward; `loss` and `penalty` are
-            detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided.
+            detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided; with
+            "train", where samples depend on each other, nothing can be.
 
     Raises:
         ValueError: if `h`, `gamma` or `microbatch` is out of range, here and when `h` or `gamma` is set.
@@ -64,6 +65,7 @@ class CURE(nn.Module):
         check_modes(power, batch_stats)
         if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
             raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
+        check_parts(microbatch, batch_stats)
         self.microbatch = microbatch
         self.model = model
         self.loss_fn = loss_fn
@@ -111,6 +113,7 @@ class CURE(nn.Module):
 
     def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
         check_arguments(x, y, self.h, self.power, self.batch_stats)
+        check_parts(microbatch, self.batch_stats)
         model, split = unwrap(self.model), self.batch_stats == "split"
         called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
         w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / len(x)

@@ -23,7 +23,8 @@ from fastcure.engines import ENGINES, Engine, Evaluation, select
 from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
 
-BatchStats = Literal["frozen", "split"]
+BatchStats = Literal["frozen", "split", "train"]
+NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 class Curvature(NamedTuple):
@@ -67,7 +68,9 @@ def curvature(
             derivatives) or "reference" (the oracle); see `fastcure.engines`.
         batch_stats: "frozen" runs everything in evaluation mode and changes no buffer. "split", the published
             code's way, takes loss and logits from one forward with every module's flag as it stands, which updates
-            buffers once and costs 3 forward passes more; the penalty stays in evaluation mode.
+            buffers once and costs 3 forward passes more; the penalty stays in evaluation mode. "train" has batch norms
+            compute as their flags say in every pass, and all else in evaluation mode: a sample's loss and penalty
+            then depend on its batch. Buffers change once, by the pass at x.
         direction: `(B, ...)` in place of z, for tests and studies.
 
     Returns:
@@ -83,7 +86,14 @@ def curvature(
     check_arguments(x, y, h, power, batch_stats, direction)
     model = unwrap(model)
     called = ModelWithLoss(model, loss_fn)(x, y) if batch_stats == "split" else None
-    chosen, evaluation = evaluate(model, x, y, h, loss_fn=loss_fn, power=power, engine=engine, direction=direction)
+    chosen, evaluation = evaluate(
+        *(model, x, y, h),
+        loss_fn=loss_fn,
+        power=power,
+        engine=engine,
+        direction=direction,
+        batch_norms_train=batch_stats == "train",
+    )
     logits, (loss, penalty) = evaluation.logits, _Attach.apply(chosen, evaluation, *evaluation.parameters)
     if called is not None:
         logits, loss = called[0].detach(), called[1]
@@ -100,16 +110,25 @@ def evaluate(
     power: int,
     engine: str,
     direction: Tensor | None = None,
+    batch_norms_train: bool = False,
 ) -> tuple[Engine, Evaluation]:
-    """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on."""
-    chosen = ENGINES[select(engine, model)[0]]
-    objective = Objective(model, loss_fn)
+    """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on.
+
+    With `batch_norms_train` the flags of batch norms stay as they are, and their statistics move once.
+    """
+    name, _ = select(engine, model)
+    batch_norms_train = batch_norms_train and any(m.training and isinstance(m, NORMS) for m in model.modules())
+    if batch_norms_train:
+        check_training_norms(model, name)
+    chosen = ENGINES[name]
+    objective = Objective(model, loss_fn, moving=batch_norms_train)
     differentiable = objective.trainable and torch.is_grad_enabled()
     warn_of_small_step(model, x, h)
-    with torch.enable_grad(), evaluation_mode(model, loss_fn), first_batch(objective, x, y):
-        return chosen, chosen.forward(
-            objective, x, y, h, power=power, direction=direction, differentiable=differentiable
-        )
+    kept = NORMS if batch_norms_train else ()
+    with torch.enable_grad(), evaluation_mode(model, loss_fn, but=kept), first_batch(objective, x, y):
+        evaluation = chosen.forward(objective, x, y, h, power=power, direction=direction, differentiable=differentiable)
+    objective.move_buffers()
+    return chosen, evaluation
 
 
 def check_arguments(
@@ -128,8 +147,20 @@ def check_modes(power: int, batch_stats: str) -> None:
     """Check the two settings that are choices."""
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
-    if batch_stats not in ("frozen", "split"):
-        raise ValueError(f"batch_stats must be 'frozen' or 'split', got {batch_stats!r}")
+    if batch_stats not in ("frozen", "split", "train"):
+        raise ValueError(f"batch_stats must be 'frozen', 'split' or 'train', got {batch_stats!r}")
+
+
+def check_training_norms(model: nn.Module, engine: str) -> None:
+    """Check that the engine can run batch norms in training mode, and that they have a double backward."""
+    if engine not in ("eager", "reference"):
+        raise ValueError(f"batch_stats='train' must run on engine='eager' (or 'auto'), got {engine!r}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError(
+                f"batch_stats='train' must have batch norms with a double backward, got the SyncBatchNorm {name}: keep "
+                "nn.BatchNorm, whose statistics are each process's own, or batch_stats='frozen'"
+            )
 
 
 class _Attach(torch.autograd.Function):

@@ -7,6 +7,8 @@ of the weights. Gradients reach the weight of the convolution and the weight and
 Convolutions take the rules of `fastcure.convolution`. Where it runs as a kernel of ours, the sum of what they return,
 the bias of the fold and a shortcut is left pending until the ReLU behind it takes it in one pass (`fastcure.pending`).
 
+By the batch's own statistics a batch norm takes the rule of `fastcure.batch_norm`.
+
 A module is left alone if it is of a subclass, has hooks or parametrisations, or a `forward` of its own.
 """
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastcure.batch_norm import is_ordinary, normalise
 from fastcure.convolution import Geometry, Phase, convolve
 from fastcure.pending import Pending
 
@@ -100,7 +103,7 @@ class Watch:
 def cheaper_layers(
     model: nn.Module, folds: Iterable[Fold] | None = None, phase: Phase | None = None, watch: Watch | None = None
 ) -> Iterator[None]:
-    """Compute the layers of `model`, which is in evaluation mode, as this file says.
+    """Compute the layers of `model`, batch norms apart in evaluation mode, as this file says.
 
     Args:
         model: the network.
@@ -119,8 +122,8 @@ def cheaper_layers(
             forwards[module] = _folded(folded[module], phase, watch)
         elif type(module) in CONVOLUTIONS and plain(module):
             forwards[module] = _convolution(module, phase)
-        elif type(module) in NORMS and has_statistics(module) and plain(module):
-            forwards[module] = _affine(module)
+        elif type(module) in NORMS and (has_statistics(module) or module.training) and plain(module):
+            forwards[module] = _batch_norm(module, phase)
         elif type(module) in INSTANCE_NORMS and not has_statistics(module) and plain(module):
             forwards[module] = _instance(module)
     try:
@@ -186,15 +189,16 @@ def _convolution(layer: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _affine(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _batch_norm(norm: nn.Module, phase: Phase) -> Callable[[Tensor], Tensor]:
     original = type(norm).forward
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if isinstance(input, Output) and input.fold.norm is norm and not norm.training:
             return input.value
+        if norm.training:
+            return normalise(norm, input, phase) if is_ordinary(norm, input) else original(norm, input)
         s, t = channel_map(norm)
-        # Under autocast the library's batch norm computes in the wider type; and a model may set flags as it runs.
-        if input.dtype != s.dtype or norm.training:
+        if input.dtype != s.dtype:  # under autocast the library's batch norm computes in the wider type
             return original(norm, input)
         shape = (-1, *[1] * (input.dim() - 2))
         return torch.addcmul(t.reshape(shape), input, s.reshape(shape))

@@ -28,6 +28,15 @@ class Parts(NamedTuple):
     """(B, C), detached."""
 
 
+def check_parts(microbatch: int | None, batch_stats: str) -> None:
+    """Raise if the batch is to be divided though each of its samples depends on all of it."""
+    if microbatch is not None and batch_stats == "train":
+        raise ValueError(
+            f"microbatch must be None with batch_stats='train', got {microbatch}: each sample depends on the whole "
+            "batch; use batch_stats='frozen' or 'split', or a smaller batch"
+        )
+
+
 def in_parts(
     model: nn.Module,
     x: Tensor,

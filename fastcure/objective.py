@@ -63,7 +63,7 @@ class ModelWithLoss(nn.Module):
 
 
 class Objective:
-    """`(x, y) -> (logits, loss)` of a model in evaluation mode, free of side effects.
+    """`(x, y) -> (logits, loss)` of a model, free of side effects.
 
     Parameters are replaced by aliases, leaves of their own that share memory, so that the passes of the penalty
     fire no hook of the caller's. Buffers are replaced by copies: batch norm overwrites its running statistics in
@@ -73,9 +73,12 @@ class Objective:
         model: the network.
         loss_fn: `(logits, y) -> (B,)`.
         trainable: False to differentiate with respect to the inputs only.
+        moving: remember what the first pass makes of the buffers, for `move_buffers`.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn = cross_entropy, *, trainable: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn = cross_entropy, *, trainable: bool = True, moving: bool = False
+    ) -> None:
         self.model = model
         self.module = ModelWithLoss(model, loss_fn)
         named = dict(self.module.named_parameters())
@@ -86,15 +89,26 @@ class Objective:
         for alias in self.state.values():
             if alias.requires_grad:
                 alias.register_post_accumulate_grad_hook(_lost)
+        self._moving = moving
+        self._moved: dict[str, Tensor] = {}
         self.trainable = trainable and any(p.requires_grad for p in named.values())
         # A parameter that the model reaches around its own attributes (a closure) stays itself.
         self._owner = {id(p): p for p in named.values() if p.requires_grad}
         self._owner |= {id(self.state[name]): p for name, p in named.items() if p.requires_grad}
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(logits, loss (B,))` of one evaluation-mode forward."""
+        """Return `(logits, loss (B,))` of one forward."""
         logits, loss = functional_call(self.module, self.state, (x, y))
+        if self._moving and not self._moved:
+            self._moved = {name: self.state[name].clone() for name, _ in self.module.named_buffers()}
         return logits, loss
+
+    def move_buffers(self) -> None:
+        """Give the model's buffers the values that they had after the first pass."""
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name in self._moved:
+                    buffer.copy_(self._moved[name])
 
     def leaves(self, *losses: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, nn.Parameter]]:
         """Find the trainable leaves under `losses`, each with the parameter whose gradient it carries.
@@ -165,8 +179,10 @@ def graph_nodes(*outputs: Tensor) -> list[Any]:
 
 
 @contextmanager
-def evaluation_mode(*modules: object) -> Iterator[None]:
+def evaluation_mode(*modules: object, but: tuple[type[nn.Module], ...] = ()) -> Iterator[None]:
     """Set the flag of every submodule to evaluation, and restore each one exactly, also after an exception.
+
+    Those of the types `but` keep theirs.
 
     The flags are set directly: a model's own `train()` may have side effects (merged adapters, for instance).
     What is not an `nn.Module` is passed over.
@@ -174,7 +190,8 @@ def evaluation_mode(*modules: object) -> Iterator[None]:
     flags = [(m, m.training) for root in modules if isinstance(root, nn.Module) for m in root.modules()]
     try:
         for module, _ in flags:
-            module.training = False
+            if not isinstance(module, but):
+                module.training = False
         yield
     finally:
         for module, training in flags:

@@ -57,12 +57,12 @@ def train_steps(
         autocast: dtype of autocast, or None.
 
     Raises:
-        MemoryError: if memory does not suffice for one image at a time, or in normal training, whose batch norms need
-            the whole batch.
+        MemoryError: if memory does not suffice for one image at a time, or where batch norms need the whole batch: in
+            normal training, and with `batch_stats="train"`.
     """
     objective.model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moving = list(objective.model.buffers()) if objective.batch_stats == "split" else []
+    moving = list(objective.model.buffers()) if objective.batch_stats != "frozen" else []
     for index, now, batch in batches:
         for name, schedule in schedules.items():
             if name != "lr":
@@ -119,10 +119,10 @@ def _halve(objective: CURE | Normal, images: int) -> None:
     """Let the objective take fewer of the `images` of a step at a time."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if isinstance(objective, Normal):
+    if isinstance(objective, Normal) or objective.batch_stats == "train":
         raise MemoryError(
-            f"memory does not suffice for a step of normal training on {images} images, which its batch norms need "
-            "together: lower --batch-size"
+            f"memory does not suffice for a step on {images} images, which batch norms in training mode need together: "
+            "lower --batch-size"
         )
     tried = min(objective.microbatch or images, images)
     if tried == 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcure.curvature import BatchStats
 from fastcure.engines import ENGINES
+from fastcure.microbatch import check_parts
 from fastcure.models import MODELS
 from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule
@@ -40,7 +41,7 @@ class Settings:
     gamma: str = setting("4x50%,8x25%,12x25%", "Weight of the penalty.")
     h: str = setting("1.25", "L2 length of the finite step, in pixels in [0, 1].")
     power: int = setting(2, "2: squared norm; 1: norm.")
-    batch_stats: BatchStats = setting("frozen", "'frozen' or 'split', as in `fastcure.curvature`.")
+    batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
     engine: str = setting("auto", "As in `fastcure.curvature`.")
     non_finite: str = setting(
         "stop", "'stop' or 'skip' (and count): what becomes of a step whose loss, penalty or gradient is not finite."
@@ -62,7 +63,7 @@ class Settings:
         choices = {
             "model": tuple(MODELS),
             "power": (1, 2),
-            "batch_stats": ("frozen", "split"),
+            "batch_stats": ("frozen", "split", "train"),
             "engine": ("auto", *ENGINES),
             "non_finite": ("stop", "skip"),
             "amp": ("none", "bf16"),
@@ -75,6 +76,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be >= {low}, got {value}")
+        check_parts(self.microbatch, self.batch_stats)
+        if self.batch_stats == "train" and self.engine not in ("auto", "eager", "reference"):
+            raise ValueError(f"engine must be auto or eager with batch_stats='train', got {self.engine!r}")
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
             raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
         if min(value for segment in self.schedule("h").segments for value in segment[:2]) <= 0:

@@ -25,7 +25,7 @@ def resnet() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor, int]:
         return model, x, y, flops(lambda: model(x))
 
 
-@pytest.mark.parametrize(("batch_stats", "budget"), [("frozen", 12.4), ("split", 15.5)])
+@pytest.mark.parametrize(("batch_stats", "budget"), [("frozen", 12.4), ("split", 15.5), ("train", 12.4)])
 def test_a_step(resnet: tuple, batch_stats: str, budget: float) -> None:
     model, x, y, forward = resnet
     cure = CURE(model, batch_stats=batch_stats)

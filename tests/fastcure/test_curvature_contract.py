@@ -118,7 +118,7 @@ def test_a_model_with_nothing_to_train(case: Case, engine: str) -> None:
     torch.testing.assert_close(out.penalty, wanted.detach())
 
 
-@pytest.mark.parametrize("batch_stats", ["frozen", "split"])
+@pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
 def test_loss_and_penalty_may_go_backward_one_after_the_other(case: Case, batch_stats: str) -> None:
     twin = case.copy()
     out = curvature(*twin, batch_stats=batch_stats)
@@ -265,7 +265,7 @@ def bad(**changes: object) -> dict[str, object]:
         (bad(h=torch.tensor([1.0, -2.0])), ValueError, "h must be > 0, got -2.0"),
         (bad(h=torch.ones(3)), ValueError, r"shape \(2,\), got shape \(3,\)"),
         (bad(power=3), ValueError, "power must be 1 or 2, got 3"),
-        (bad(batch_stats="train"), ValueError, "'frozen' or 'split', got 'train'"),
+        (bad(batch_stats="batch"), ValueError, "'frozen', 'split' or 'train', got 'batch'"),
         (bad(engine="fast"), ValueError, "auto, eager, compile, cuda_graph, first_order, reference, got 'fast'"),
         (bad(y=torch.tensor([0, 4])), ValueError, r"labels must be in 0\.\.3.* got 0\.\.4"),
         (bad(y=torch.tensor([-1, 2])), ValueError, r"got -1\.\.2"),

@@ -321,7 +321,7 @@ def test_normal_training_needs_the_whole_batch(
     assert finetune(npz, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "normal training on 20 images" in error
+    assert "a step on 20 images, which batch norms" in error
     assert "lower --batch-size" in error
 
 

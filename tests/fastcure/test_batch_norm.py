@@ -1,0 +1,212 @@
+"""Batch norms in training mode: their own second-order rule, and the penalty that is evaluated through them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, make, relative
+from torch import Tensor, nn
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+from fastcure import CURE, curvature
+from fastcure.batch_norm import normalise
+from fastcure.convolution import Phase
+from fastcure.layers import cheaper_layers
+
+SHAPES = [(4, 3), (4, 3, 5), (2, 3, 3, 2), (2, 2, 2, 1, 2), (3, 1, 2, 2)]
+KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def norm_for(shape: tuple[int, ...], **options: Any) -> Any:
+    """A batch norm with random weights, in training mode."""
+    norm = KINDS[len(shape)](shape[1], **options).double()
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    return norm
+
+
+def as_function(norm: Any) -> Any:
+    """The rule as a function of x, weight and bias."""
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        if parameters:
+            norm._parameters.update(zip(("weight", "bias"), parameters, strict=True))
+        return normalise(norm, x, Phase())
+
+    return function
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_derivatives(shape: tuple[int, ...], affine: bool) -> None:
+    norm = norm_for(shape, affine=affine)
+    inputs = [torch.randn(shape, dtype=torch.float64), *norm.parameters()]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    function = as_function(norm)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+def test_third_derivatives() -> None:
+    norm = norm_for((3, 2, 2, 2))
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64)
+
+    def deep(function: Any) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (x, norm.weight, norm.bias)]
+        scalar, found = (function(*leaves) ** 3).sum(), list[Tensor]()
+        for _ in range(3):
+            found += grad(scalar, leaves, create_graph=True)
+            scalar = torch.stack([(t * t.cos()).sum() for t in found[-3:]]).sum()
+        return found
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        deviation = (x.var((0, 2, 3), unbiased=False, keepdim=True) + norm.eps).sqrt()
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        return centred / deviation * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+    for ours, truth in zip(deep(as_function(norm)), deep(torchs), strict=True):
+        assert relative(ours, truth) < 1e-9
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_second_derivatives_in_every_layout_and_in_fp32(layout: str) -> None:
+    x = torch.randn(5, 4, 6, 3)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = x.repeat_interleave(2, -1)[..., ::2]
+    norm = norm_for((5, 4, 6, 3))
+    wide = copy.deepcopy(norm)
+    w, v = torch.randn(5, 4, 6, 3), torch.randn(5, 4, 6, 3)
+
+    def second(norm: Any, run: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        point, weights = x.to(dtype).detach().requires_grad_(), w.to(dtype).requires_grad_()
+        (first,) = grad(run(point), point, weights, create_graph=True)
+        return first, *grad(first, (weights, point, norm.weight), v.to(dtype))
+
+    ours = second(norm.float(), lambda x: normalise(norm, x, Phase()), torch.float32)
+    for value, truth in zip(ours, second(wide, wide, torch.float64), strict=True):
+        assert relative(value, truth) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"momentum": 0.3}, {"track_running_stats": False}, {"affine": False}], ids=str
+)
+def test_a_forward_is_that_of_the_module(options: dict[str, Any]) -> None:
+    ours, theirs = norm_for((6, 3, 4, 4), **options), None
+    theirs = copy.deepcopy(ours)
+    model = nn.Sequential(ours)
+    for _ in range(3):
+        x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+        with cheaper_layers(model):
+            y = model(x)
+        assert torch.equal(y, theirs(x))
+    for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_one_value_a_channel_is_refused_as_by_torch() -> None:
+    case = make(NETWORKS["batch_norm-relu-max"], 1, seed=0)
+    case.model.train()
+    before = [buffer.clone() for buffer in case.model.buffers()]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        curvature(case.model, case.x[..., :1, :1], case.y, batch_stats="train")
+    assert all(map(torch.equal, before, case.model.buffers()))
+
+
+class Watched(nn.Module):
+    """A network with dropout, a norm in evaluation mode and one in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)),
+            *(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.LazyLinear(5)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.fixture
+def watched() -> tuple[nn.Module, Tensor, Tensor]:
+    """With inputs."""
+    torch.manual_seed(0)
+    model, x = Watched().double(), torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    model.train()
+    model.body[5].eval()
+    return model, x, torch.arange(6) % 5
+
+
+@pytest.mark.parametrize("engine", ["eager", "reference"])
+def test_norms_do_what_their_flags_say_and_move_once(watched: tuple, engine: str) -> None:
+    model, x, y = watched
+    twin = copy.deepcopy(model)
+    twin.body[3].eval()
+    loss = torch.nn.functional.cross_entropy(twin(x), y, reduction="none")
+    flags = [module.training for module in model.modules()]
+    out = curvature(model, x, y, batch_stats="train", engine=engine)
+    assert flags == [module.training for module in model.modules()]
+    torch.testing.assert_close(out.loss, loss)
+    for ours, once in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, once, rtol=1e-12, atol=0)
+    assert not torch.allclose(out.penalty, curvature(model, x, y).penalty)
+
+
+def test_a_failing_pass_moves_nothing(watched: tuple) -> None:
+    model, x, y = watched
+    before = [buffer.clone() for buffer in model.buffers()]
+    with pytest.raises(ZeroDivisionError):
+        curvature(model, x, y, batch_stats="train", loss_fn=lambda logits, y: 1 / 0)
+    assert all(map(torch.equal, before, model.buffers()))
+
+
+def test_a_training_forward_in_between_changes_no_gradient(watched: tuple) -> None:
+    model, x, y = watched
+    model.body[3].eval()
+    parameters = list(model.parameters())
+    out = curvature(model, x, y, batch_stats="train")
+    truth = grad(out.penalty.sum(), parameters)
+    out = curvature(model, x, y, batch_stats="train")
+    model(x + 1)
+    for ours, theirs in zip(grad(out.penalty.sum(), parameters), truth, strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ["compile", "first_order", "cuda_graph"])
+def test_other_engines_say_so(watched: tuple, engine: str) -> None:
+    with pytest.raises(ValueError, match=f"must run on engine='eager' .or 'auto'., got '{engine}'"):
+        curvature(*watched, batch_stats="train", engine=engine)
+
+
+def test_synchronised_norms_have_no_double_backward() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(ValueError, match=r"the SyncBatchNorm 1: keep nn\.BatchNorm"):
+        curvature(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), batch_stats="train")
+
+
+def test_a_batch_cannot_be_divided(watched: tuple) -> None:
+    model, x, y = watched
+    with pytest.raises(ValueError, match="microbatch must be None with batch_stats='train', got 2"):
+        CURE(model, batch_stats="train", microbatch=2)
+    cure = CURE(model, batch_stats="train")
+    cure.microbatch = 2
+    with pytest.raises(ValueError, match="microbatch must be None"):
+        cure(x, y)
+
+
+def test_mixed_dtypes_take_the_library_s_norm() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(144, 3))
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 3
+    z = torch.randn_like(x) / 192**0.5
+    truth = curvature(model, x, y, batch_stats="train", direction=z)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = curvature(model, x, y, batch_stats="train", direction=z)
+    assert relative(out.penalty, truth.penalty) < 0.05
+    parameters = list(model.parameters())
+    ours, wide = (grad((o.loss + o.penalty).sum(), parameters) for o in (out, truth))
+    assert relative(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in wide])) < 0.1
