@@ -92,7 +92,8 @@ def adversarial(steps: int, step_size: float | None = None) -> Step:
 STEPS: dict[str, Step] = {
     "standard": standard,
     "cure, auto (ours)": cure(),
-    "cure, split (ours)": cure(batch_stats="split"),
+    "cure, split (ours)": cure("eager", "split"),
+    "cure, train (ours)": cure("eager", "train"),
     "cure, oracle": cure("reference"),
     "cure, published schedule": published,
     "fgsm-rs": adversarial(1, step_size=10 / 255),

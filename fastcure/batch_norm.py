@@ -27,18 +27,19 @@ from fastcure.convolution import Phase
 
 
 def normalise(norm: Any, x: Tensor, phase: Phase) -> Tensor:
-    """Apply a batch norm of `nn` in training mode to `x` `(B, C, ...)`; running statistics move as it says.
+    """Apply a batch norm of `nn`, by the batch's statistics, to `x` `(B, C, ...)`; running ones move as it says.
 
     Differentiable to any order in x, weight and bias, all of one dtype.
     """
     norm._check_input_dim(x)
     F._verify_batch_size(x.shape)  # type: ignore[attr-defined]
     factor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.track_running_stats and norm.num_batches_tracked is not None:
+    tracks = norm.training and norm.track_running_stats
+    if tracks and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             factor = 1.0 / float(norm.num_batches_tracked)
-    running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
+    running = (norm.running_mean, norm.running_var) if tracks else (None, None)
     return _BatchNorm.apply(x, norm.weight, norm.bias, *running, factor, norm.eps, phase)
 
 

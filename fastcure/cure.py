@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastcure.checks import check_positive
 from fastcure.curvature import BatchStats, check_arguments, check_modes, curvature
 from fastcure.data_parallel import sent_backward_once
-from fastcure.engines import select
+from fastcure.engines import engine_called
 from fastcure.microbatch import check_parts, in_parts
 from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
 
@@ -61,7 +61,8 @@ class CURE(nn.Module):
         microbatch: int | None = None,
     ) -> None:
         super().__init__()
-        select(engine, unwrap(model))
+        unwrap(model)
+        engine_called(engine)
         check_modes(power, batch_stats)
         if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
             raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastcure.checks import check_batch, check_positive, not_inside_torch_compile, refuse_transforms
 from fastcure.data_parallel import refuse_static_graph, sent_backward_once
-from fastcure.engines import ENGINES, Engine, Evaluation, select
+from fastcure.engines import Engine, Evaluation, engine_called
 from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
 
@@ -116,11 +116,10 @@ def evaluate(
 
     With `batch_norms_train` the flags of batch norms stay as they are, and their statistics move once.
     """
-    name, _ = select(engine, model)
+    chosen = engine_called(engine)
     batch_norms_train = batch_norms_train and any(m.training and isinstance(m, NORMS) for m in model.modules())
     if batch_norms_train:
-        check_training_norms(model, name)
-    chosen = ENGINES[name]
+        check_training_norms(model, engine)
     objective = Objective(model, loss_fn, moving=batch_norms_train)
     differentiable = objective.trainable and torch.is_grad_enabled()
     warn_of_small_step(model, x, h)
@@ -153,7 +152,7 @@ def check_modes(power: int, batch_stats: str) -> None:
 
 def check_training_norms(model: nn.Module, engine: str) -> None:
     """Check that the engine can run batch norms in training mode, and that they have a double backward."""
-    if engine not in ("eager", "reference"):
+    if engine not in ("auto", "eager", "reference"):
         raise ValueError(f"batch_stats='train' must run on engine='eager' (or 'auto'), got {engine!r}")
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm) and module.training:

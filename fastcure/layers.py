@@ -195,7 +195,7 @@ def _batch_norm(norm: nn.Module, phase: Phase) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if isinstance(input, Output) and input.fold.norm is norm and not norm.training:
             return input.value
-        if norm.training:
+        if norm.training or not has_statistics(norm):
             return normalise(norm, input, phase) if is_ordinary(norm, input) else original(norm, input)
         s, t = channel_map(norm)
         if input.dtype != s.dtype:  # under autocast the library's batch norm computes in the wider type

@@ -11,7 +11,6 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastcure.checks import check_images
-from fastcure.engines import select
 from fastcure.engines.graph import twice_differentiable
 from fastcure.layers import (
     CONVOLUTIONS,
@@ -62,8 +61,9 @@ def explain(model: nn.Module, x: Tensor | None = None) -> str:
             before them, and why a batch norm is not folded or its output not left to a ReLU, are told as well.
     """
     inner = unwrap(model)
-    engine, reason = select("auto", inner)
-    lines = [f"engine: {engine} ({reason})"]
+    lines = ["engine: eager (exact, and it needs nothing but operators with a double backward)"]
+    if next((p.device.type for p in inner.parameters()), "cpu") == "cpu":
+        lines[0] += "; compiled after some minutes of work on one shape, if it can be"
     names = {module: name for name, module in inner.named_modules()}
     norms = [module for module in names if isinstance(module, NORMS)]
     folds = folds_of(inner)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from fastcure.engines.auto import Auto
 from fastcure.engines.compiled import Compile
 from fastcure.engines.eager import Eager
 from fastcure.engines.first_order import FirstOrder
@@ -11,26 +10,26 @@ from fastcure.engines.graphed import Graphed
 from fastcure.engines.oracle import Reference
 from fastcure.engines.protocol import Engine, Evaluation
 
+_compile = Compile()
 ENGINES: dict[str, Engine] = {
+    "auto": Auto(_compile),
     "eager": Eager(),
-    "compile": Compile(),
+    "compile": _compile,
     "cuda_graph": Graphed(),
     "first_order": FirstOrder(),
     "reference": Reference(),
 }
 
 
-def select(name: str, model: nn.Module) -> tuple[str, str]:
-    """Return the engine that `name` stands for on this model, and why.
+def engine_called(name: str) -> Engine:
+    """Return an engine.
 
     Raises:
-        ValueError: for a name that is not an engine.
+        ValueError: for a name that is not one.
     """
-    if name == "auto":
-        return "eager", "exact, and it needs nothing but operators with a double backward"
     if name not in ENGINES:
-        raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {name!r}")
-    return name, "chosen by the caller"
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    return ENGINES[name]
 
 
-__all__ = ["ENGINES", "Engine", "Evaluation", "select"]
+__all__ = ["ENGINES", "Engine", "Evaluation", "engine_called"]

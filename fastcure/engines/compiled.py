@@ -89,24 +89,24 @@ class Compile(GraphEngine):
                 )
             return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
 
-        compiled = _compilations()
+        compiled = compilations()
         if not fresh:
             result = run()
-            if _compilations() == compiled:
+            if compilations() == compiled:
                 return result
-        began = time.perf_counter()
+        began, kept = time.perf_counter(), objective.state
         logger.warning("fastcure: compiling %s for %s ...", type(objective.model).__name__, tuple(x.shape))
         try:
             result = run()
-            kept = objective.state
             for state in (kept, _disturbed(kept, folding)) if folding.forwards else (kept,):
                 objective.state = state
                 eager = Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=True)
                 self._check(run(), eager)
-            objective.state = kept
         except BaseException:
             del programs[key]
             raise
+        finally:
+            objective.state = kept
         logger.warning("fastcure: compiled in %.0f s", time.perf_counter() - began)
         return result
 
@@ -130,7 +130,12 @@ class Compile(GraphEngine):
             )
 
 
-def _compilations() -> int:
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which the CPU's kernels need."""
+    return bool(os.environ.get("CXX") or shutil.which("g++"))
+
+
+def compilations() -> int:
     """How many graphs torch has compiled up to now."""
     import torch._dynamo.utils
 
@@ -158,7 +163,7 @@ def _refuse_modules_of_two_names(model: nn.Module) -> None:
 
 def _compile(backend: str, power: int, device: torch.device) -> Compiled:
     """Return the compiled region, a code object of its own: torch keeps its compilations by code object."""
-    if backend == "inductor" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")):
+    if backend == "inductor" and device.type == "cpu" and not has_compiler():
         raise RuntimeError(
             "engine='compile' needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
         )

@@ -113,7 +113,8 @@ class Run:
         self._clock = time.perf_counter() - progress.seconds.get(progress.phase, 0.0)
         if cured:
             schedules = {name: settings.schedule(name) for name in ("lr", "gamma", "h")}
-            options = {"power": settings.power, "engine": settings.engine, "batch_stats": settings.batch_stats}
+            engine = "eager" if settings.engine == "auto" else settings.engine
+            options = {"power": settings.power, "engine": engine, "batch_stats": settings.batch_stats}
             objective: CURE | Normal = CURE(self.model, microbatch=progress.microbatch, **options)  # type: ignore[arg-type]
         else:
             schedules, objective = {"lr": settings.schedule("pretrain_lr")}, Normal(self.model)

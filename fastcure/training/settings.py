@@ -42,7 +42,9 @@ class Settings:
     h: str = setting("1.25", "L2 length of the finite step, in pixels in [0, 1].")
     power: int = setting(2, "2: squared norm; 1: norm.")
     batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
-    engine: str = setting("auto", "As in `fastcure.curvature`.")
+    engine: str = setting(
+        "auto", "As in `fastcure.curvature`; 'auto' is 'eager', so that a resumed run is the same run."
+    )
     non_finite: str = setting(
         "stop", "'stop' or 'skip' (and count): what becomes of a step whose loss, penalty or gradient is not finite."
     )
@@ -64,7 +66,7 @@ class Settings:
             "model": tuple(MODELS),
             "power": (1, 2),
             "batch_stats": ("frozen", "split", "train"),
-            "engine": ("auto", *ENGINES),
+            "engine": tuple(ENGINES),
             "non_finite": ("stop", "skip"),
             "amp": ("none", "bf16"),
         }
