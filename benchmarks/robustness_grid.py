@@ -105,13 +105,13 @@ LONG = ("FGSM", "FGSM-RS", "CURE at FGSM, train", "CURE frozen", "PGD-7")
 
 def full(study: Study, sizes: Sizes) -> None:
     """Everything, the most telling first."""
-    main_only(study, sizes)
     low, _, high = sizes.budgets
+    searched(study, (*MAIN, *OTHERS[:2]), sizes)
     for budget in (high, low):
-        for label in MAIN:
+        for label in (*MAIN, *OTHERS[:2]):
             study.run(at(study.best(label), budget), 0, "budget")
-    for label in OTHERS:
-        search(study, label, sizes)
+    repeated(study, (*MAIN, *OTHERS[:2]), sizes)
+    searched(study, OTHERS, sizes)
     for recipe in ablations(study.best("CURE frozen"), sizes):
         study.run(recipe, 0, "ablation")
     for label in ("PGD-7", "FGSM-RS"):
@@ -119,40 +119,50 @@ def full(study: Study, sizes: Sizes) -> None:
     study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
     for label in ("CURE frozen", "CURE train", "FGSM-RS", "PGD-7"):
         study.run(from_scratch(study.best(label), sizes), 0, "scratch")
-    for label in (*OTHERS, "PGD-10"):
+    for label in (*sizes.examined, *OTHERS, "PGD-10"):
         study.examine(study.best(label), 0)
 
 
 def long(study: Study, sizes: Sizes) -> None:
     """The main methods, and the high budget, at which one-step training may overfit."""
-    main_only(study, sizes)
-    for label in ("FGSM", "CURE/4 + FGSM-RS"):
-        search(study, label, sizes)
+    searched(study, (*MAIN, *LONG), sizes)
     for label in LONG:
         study.run(at(study.best(label), sizes.budgets[2]), 0, "budget")
+    repeated(study, MAIN, sizes)
+    for label in sizes.examined:
+        study.examine(study.best(label), 0)
 
 
 def smooth(study: Study, sizes: Sizes) -> None:
     """The exact gradient against finite differences of parameter gradients, on a network without kinks."""
-    for label in ("CURE frozen", "CURE first order"):
-        search(study, label, sizes)
+    labels = ("CURE frozen", "CURE first order")
+    searched(study, labels, sizes)
+    repeated(study, labels, sizes)
+    for label in labels:
         study.examine(study.best(label), 0)
-    for seed in sizes.seeds:
-        for label in ("CURE frozen", "CURE first order"):
-            study.run(study.best(label), seed, "seed")
 
 
 def main_only(study: Study, sizes: Sizes) -> None:
     """The main methods: searched, repeated and examined."""
-    for label in MAIN:
-        study.run(first(label, sizes), 0, "search")
-    for label in MAIN:
-        search(study, label, sizes)
-    for seed in sizes.seeds:
-        for label in MAIN:
-            study.run(study.best(label), seed, "seed")
+    searched(study, MAIN, sizes)
+    repeated(study, MAIN, sizes)
     for label in sizes.examined:
         study.examine(study.best(label), 0)
+
+
+def searched(study: Study, labels: Sequence[str], sizes: Sizes) -> None:
+    """The likeliest settings of all, then the others."""
+    for label in labels:
+        study.run(first(label, sizes), 0, "search")
+    for label in labels:
+        search(study, label, sizes)
+
+
+def repeated(study: Study, labels: Sequence[str], sizes: Sizes) -> None:
+    """The best settings from other seeds."""
+    for seed in sizes.seeds:
+        for label in labels:
+            study.run(study.best(label), seed, "seed")
 
 
 def normal(sizes: Sizes) -> Recipe:
