@@ -92,15 +92,10 @@ class Study(Protocol):
 
 MAIN = ("standard", "CURE frozen", "CURE train", "CURE at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
 OTHERS = (
-    "CURE at FGSM-RS, train",
-    "TRADES-2",
-    "CURE split",
-    "FGSM",
-    "CURE at FGSM",
-    "CURE + FGSM-RS",
-    "input gradient",
+    *("CURE/4 + FGSM-RS", "CURE at FGSM-RS, train", "FGSM", "TRADES-2", "CURE split", "CURE at FGSM"),
+    *("CURE + FGSM-RS", "input gradient"),
 )
-LONG = ("FGSM", "FGSM-RS", "CURE at FGSM, train", "CURE frozen", "PGD-7")
+LONG = ("FGSM", "FGSM-RS", "CURE/4 + FGSM-RS", "CURE at FGSM, train", "CURE frozen", "PGD-7")
 
 
 def full(study: Study, sizes: Sizes) -> None:
