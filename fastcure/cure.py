@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastcure.checks import check_positive
-from fastcure.curvature import BatchStats, check_arguments, check_modes, curvature
+from fastcure.curvature import BatchStats, LossAt, check_arguments, check_modes, curvature
 from fastcure.data_parallel import sent_backward_once
 from fastcure.engines import engine_called
 from fastcure.microbatch import check_parts, in_parts
@@ -20,7 +20,7 @@ class CUREOutput(NamedTuple):
     total: Tensor
     """loss + gamma * penalty."""
     loss: Tensor
-    """Mean loss of the batch."""
+    """Mean loss of the batch, at x or where `loss_at` has it."""
     penalty: Tensor
     """Mean penalty of the batch."""
     logits: Tensor
@@ -38,7 +38,7 @@ class CURE(nn.Module):
         model: the network, see `fastcure.curvature`.
         h: L2 length of the finite step in input units, `> 0`.
         gamma: weight of the penalty, `>= 0`.
-        loss_fn, power, engine, batch_stats: as in `fastcure.curvature`.
+        loss_fn, power, engine, batch_stats, loss_at: as in `fastcure.curvature`.
         microbatch: evaluate this many samples at a time: the same numbers, with the memory of so many. The gradients of
             `total` are then computed in the forward and only scaled in the backward; `loss` and `penalty` are
             detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided; with
@@ -58,19 +58,20 @@ class CURE(nn.Module):
         power: int = 2,
         engine: str = "auto",
         batch_stats: BatchStats = "frozen",
+        loss_at: LossAt = "x",
         microbatch: int | None = None,
     ) -> None:
         super().__init__()
         unwrap(model)
         engine_called(engine)
-        check_modes(power, batch_stats)
+        check_modes(power, batch_stats, loss_at)
         if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
             raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
         check_parts(microbatch, batch_stats)
         self.microbatch = microbatch
         self.model = model
         self.loss_fn = loss_fn
-        self.power, self.engine, self.batch_stats = power, engine, batch_stats
+        self.power, self.engine, self.batch_stats, self.loss_at = power, engine, batch_stats, loss_at
         self.h, self.gamma = h, gamma
 
     @property
@@ -108,12 +109,13 @@ class CURE(nn.Module):
             power=self.power,
             engine=self.engine,
             batch_stats=self.batch_stats,
+            loss_at=self.loss_at,
         )
         loss, penalty = out.loss.mean(), out.penalty.mean()
         return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
 
     def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
-        check_arguments(x, y, self.h, self.power, self.batch_stats)
+        check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
         check_parts(microbatch, self.batch_stats)
         model, split = unwrap(self.model), self.batch_stats == "split"
         called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
@@ -123,6 +125,7 @@ class CURE(nn.Module):
             loss_fn=self.loss_fn,
             power=self.power,
             engine=self.engine,
+            stepped=self.loss_at == "step",
         )
         penalty = parts.penalty.mean()
         total, loss, logits = parts.total, parts.loss.mean(), parts.logits
@@ -136,5 +139,5 @@ class CURE(nn.Module):
         """Show the settings in `print(cure)`."""
         return (
             f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
-            f"batch_stats={self.batch_stats!r}"
+            f"batch_stats={self.batch_stats!r}, loss_at={self.loss_at!r}"
         )

@@ -24,6 +24,7 @@ from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
 
 BatchStats = Literal["frozen", "split", "train"]
+LossAt = Literal["x", "step"]
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -48,6 +49,7 @@ def curvature(
     power: int = 2,
     engine: str = "auto",
     batch_stats: BatchStats = "frozen",
+    loss_at: LossAt = "x",
     direction: Tensor | None = None,
 ) -> Curvature:
     """Evaluate the loss and the curvature penalty of each sample.
@@ -71,6 +73,8 @@ def curvature(
             buffers once and costs 3 forward passes more; the penalty stays in evaluation mode. "train" has batch norms
             compute as their flags say in every pass, and all else in evaluation mode: a sample's loss and penalty
             then depend on its batch. Buffers change once, by the pass at x.
+        loss_at: "step" takes the loss, not the logits, at `x + h z`: the point of FGSM, whose forward the penalty
+            makes anyhow. It is no part of the paper; it trains on adversarial images at no further cost.
         direction: `(B, ...)` in place of z, for tests and studies.
 
     Returns:
@@ -83,7 +87,7 @@ def curvature(
         RuntimeError: within forward-mode AD, `torch.func` transforms or inference mode; in backward, at a second
             derivative, or a second backward without `retain_graph=True` or within DistributedDataParallel.
     """
-    check_arguments(x, y, h, power, batch_stats, direction)
+    check_arguments(x, y, h, power, batch_stats, loss_at, direction)
     model = unwrap(model)
     called = ModelWithLoss(model, loss_fn)(x, y) if batch_stats == "split" else None
     chosen, evaluation = evaluate(
@@ -92,6 +96,7 @@ def curvature(
         power=power,
         engine=engine,
         direction=direction,
+        stepped=loss_at == "step",
         batch_norms_train=batch_stats == "train",
     )
     logits, (loss, penalty) = evaluation.logits, _Attach.apply(chosen, evaluation, *evaluation.parameters)
@@ -110,6 +115,7 @@ def evaluate(
     power: int,
     engine: str,
     direction: Tensor | None = None,
+    stepped: bool = False,
     batch_norms_train: bool = False,
 ) -> tuple[Engine, Evaluation]:
     """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on.
@@ -125,29 +131,44 @@ def evaluate(
     warn_of_small_step(model, x, h)
     kept = NORMS if batch_norms_train else ()
     with torch.enable_grad(), evaluation_mode(model, loss_fn, but=kept), first_batch(objective, x, y):
-        evaluation = chosen.forward(objective, x, y, h, power=power, direction=direction, differentiable=differentiable)
+        evaluation = chosen.forward(
+            *(objective, x, y, h), power=power, direction=direction, differentiable=differentiable, stepped=stepped
+        )
     objective.move_buffers()
     return chosen, evaluation
 
 
 def check_arguments(
-    x: Tensor, y: Tensor, h: float | Tensor, power: int, batch_stats: str, direction: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    h: float | Tensor,
+    power: int,
+    batch_stats: str,
+    loss_at: str,
+    direction: Tensor | None = None,
 ) -> None:
     """Check the arguments of `curvature`; it raises what that says."""
     not_inside_torch_compile()
     check_batch(x, y, direction)
     check_positive("h", h, batch=len(x))
-    check_modes(power, batch_stats)
+    check_modes(power, batch_stats, loss_at)
     refuse_transforms()
     refuse_static_graph()
 
 
-def check_modes(power: int, batch_stats: str) -> None:
-    """Check the two settings that are choices."""
+def check_modes(power: int, batch_stats: str, loss_at: str) -> None:
+    """Check the settings that are choices."""
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
     if batch_stats not in ("frozen", "split", "train"):
         raise ValueError(f"batch_stats must be 'frozen', 'split' or 'train', got {batch_stats!r}")
+    if loss_at not in ("x", "step"):
+        raise ValueError(f"loss_at must be 'x' or 'step', got {loss_at!r}")
+    if loss_at == "step" and batch_stats == "split":
+        raise ValueError(
+            "loss_at='step' must have batch_stats 'frozen' or 'train', got 'split', which takes the loss from a "
+            "forward of its own at x"
+        )
 
 
 def check_training_norms(model: nn.Module, engine: str) -> None:

@@ -49,6 +49,7 @@ def in_parts(
     loss_fn: LossFn,
     power: int,
     engine: str,
+    stepped: bool,
 ) -> Parts:
     """Evaluate `sum(w_loss * loss + w_penalty * penalty)` in evaluation mode, `microbatch` samples at a time.
 
@@ -67,6 +68,7 @@ def in_parts(
             loss_fn=loss_fn,
             power=power,
             engine=engine,
+            stepped=stepped,
         )
         results.append(result[:3])
         if not result.parameters:

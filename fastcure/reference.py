@@ -18,6 +18,7 @@ def curvature(
     *,
     power: int = 2,
     direction: Tensor | None = None,
+    stepped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, loss and penalty of each sample, with an ordinary autograd graph behind them.
 
@@ -28,6 +29,7 @@ def curvature(
         h: L2 length of the finite step, in input units; a number or `(B,)`.
         power: 2 for the squared norm, 1 for the norm itself.
         direction: `(B, ...)` in place of z.
+        stepped: take the loss at x + h z.
 
     Returns:
         `(logits (B, C), loss (B,), penalty (B,))`.
@@ -40,6 +42,8 @@ def curvature(
     logits, loss = objective(x, y)
     z = unit_sign(gradient(x).detach()) if direction is None else direction
     length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+    if stepped:
+        _, loss = objective(x + length * z, y)
     d = gradient(x + length * z) - gradient(x)
     penalty = d.square().flatten(1).sum(1)
     if power == 1:

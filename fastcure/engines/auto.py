@@ -67,13 +67,15 @@ class Auto(GraphEngine):
         power: int,
         direction: Tensor | None,
         differentiable: bool,
+        stepped: bool = False,
     ) -> Evaluation:
         """Evaluate loss and penalty by the engine whose turn it is."""
         arguments = (objective, x, y, h)
-        options: dict[str, Any] = {"power": power, "direction": direction, "differentiable": differentiable}
+        options: dict[str, Any] = {"power": power, "direction": direction}
+        options |= {"differentiable": differentiable, "stepped": stepped}
         if not (differentiable and _may_be_compiled(objective.model, x)):
             return self._eager.forward(*arguments, **options)
-        key = (x.shape, x.dtype, y.shape, y.dtype, power, direction is None, isinstance(h, Tensor) and h.shape)
+        key = (x.shape, x.dtype, y.shape, y.dtype, power, stepped, direction is None, isinstance(h, Tensor) and h.shape)
         shape = self._shapes.setdefault(objective.model, {}).setdefault(key, Shape())
         if shape.step is None:
             from fastcure.flops import FlopCounter  # torch's table of costs takes long to import

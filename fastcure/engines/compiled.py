@@ -48,6 +48,7 @@ class Compile(GraphEngine):
         power: int,
         direction: Tensor | None,
         differentiable: bool,
+        stepped: bool = False,
     ) -> Evaluation:
         """Run the compiled region; the first call of a shape compiles it, and compares it with the eager engine.
 
@@ -56,7 +57,7 @@ class Compile(GraphEngine):
                 where an operator of its own has no second derivative that the compiler sees).
         """
         if not differentiable:
-            options = {"power": power, "direction": direction, "differentiable": False}
+            options = {"power": power, "direction": direction, "differentiable": False, "stepped": stepped}
             return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
         x = x.detach()
         length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
@@ -64,13 +65,13 @@ class Compile(GraphEngine):
         autocast = torch.is_autocast_enabled(x.device.type)
         folding = Folding(objective.model, norms=not autocast)
         key = (
-            *(objective.module.loss_fn, power, direction is None, tuple(objective.state), folding.key),
+            *(objective.module.loss_fn, power, stepped, direction is None, tuple(objective.state), folding.key),
             *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast),
         )
         fresh = key not in programs
         if fresh:
             _refuse_modules_of_two_names(objective.model)
-            programs[key] = _compile(self.backend, power, x.device), folding
+            programs[key] = _compile(self.backend, power, stepped, x.device), folding
         program, folding = programs[key]  # with the very forwards that were compiled
         direction = None if direction is None else direction.detach()
 
@@ -100,7 +101,8 @@ class Compile(GraphEngine):
             result = run()
             for state in (kept, _disturbed(kept, folding)) if folding.forwards else (kept,):
                 objective.state = state
-                eager = Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=True)
+                options = {"power": power, "direction": direction, "differentiable": True, "stepped": stepped}
+                eager = Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
                 self._check(run(), eager)
         except BaseException:
             del programs[key]
@@ -161,7 +163,7 @@ def _refuse_modules_of_two_names(model: nn.Module) -> None:
         names.setdefault(module, name)
 
 
-def _compile(backend: str, power: int, device: torch.device) -> Compiled:
+def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> Compiled:
     """Return the compiled region, a code object of its own: torch keeps its compilations by code object."""
     if backend == "inductor" and device.type == "cpu" and not has_compiler():
         raise RuntimeError(
@@ -193,10 +195,10 @@ def _compile(backend: str, power: int, device: torch.device) -> Compiled:
 
         g, (logits, loss) = torch.func.grad(summed, has_aux=True)(x)
         direction = unit_sign(g.detach()) if z is None else z
-        g_step, _ = torch.func.grad(summed, has_aux=True)(x + h * direction)
+        g_step, (_, loss_step) = torch.func.grad(summed, has_aux=True)(x + h * direction)
         d = g_step - g
         squared = (d if d.dtype == torch.float64 else d.float()).square().flatten(1).sum(1)
-        return logits.detach(), loss, root(squared) if power == 1 else squared
+        return logits.detach(), loss_step if stepped else loss, root(squared) if power == 1 else squared
 
     code = penalty.__code__
     penalty.__code__ = code.replace(co_name=f"penalty_{id(penalty)}")

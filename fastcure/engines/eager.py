@@ -26,6 +26,7 @@ class Eager(GraphEngine):
         power: int,
         direction: Tensor | None,
         differentiable: bool,
+        stepped: bool = False,
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
         phase = Phase()
@@ -43,7 +44,7 @@ class Eager(GraphEngine):
         if power == 1:
             penalty = root(penalty)
         found = objective.leaves(loss, loss_step, inputs=(point, step)) if differentiable else []
-        return evaluation(logits, loss, penalty, found)
+        return evaluation(logits, loss_step if stepped else loss, penalty, found)
 
 
 def second_point(x: Tensor, g: Tensor, h: float | Tensor, direction: Tensor | None) -> Tensor:

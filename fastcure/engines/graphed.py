@@ -48,6 +48,7 @@ class Graphed:
         power: int,
         direction: Tensor | None,
         differentiable: bool,
+        stepped: bool = False,
     ) -> Evaluation:
         """Replay the forward; the first call of a shape captures both graphs.
 
@@ -57,19 +58,20 @@ class Graphed:
         if x.device.type != self.device:
             raise ValueError(f"engine='cuda_graph' wants tensors on {self.device}, got {x.device}: use engine='auto'")
         if not differentiable:
-            return Eager().forward(objective, x, y, h, power=power, direction=direction, differentiable=False)
+            options = {"power": power, "direction": direction, "differentiable": False, "stepped": stepped}
+            return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
         captures = self._cache.setdefault(objective.model, {})
         device = x.device.type
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         key = (
-            *(objective.module.loss_fn, power, direction is None, autocast, tuple(folds_of(objective.model))),
+            *(objective.module.loss_fn, power, stepped, direction is None, autocast, tuple(folds_of(objective.model))),
             *((t.shape, t.stride(), t.dtype) for t in (x, y)),
             *addresses(objective),
         )
         if key not in captures:
             while len(captures) >= SHAPES:
                 del captures[next(iter(captures))]
-            captures[key] = _Captured(self.recorder(), objective, x, y, direction, power, autocast)
+            captures[key] = _Captured(self.recorder(), objective, x, y, direction, power, stepped, autocast)
         return captures[key].forward(objective, x, y, h, direction)
 
     def backward(
@@ -95,6 +97,7 @@ class _Captured:
         y: Tensor,
         direction: Tensor | None,
         power: int,
+        stepped: bool,
         autocast: tuple[bool, torch.dtype],
     ) -> None:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -108,10 +111,9 @@ class _Captured:
         def forward() -> list[Tensor]:
             nonlocal inner
             # A weight that autocast has cast before would not be cast again in a replay.
+            options = {"power": power, "direction": self.direction, "differentiable": True, "stepped": stepped}
             with torch.autocast(x.device.type, autocast[1], enabled=autocast[0], cache_enabled=False):
-                inner = Eager().forward(
-                    objective, self.x, self.y, self.h, power=power, direction=self.direction, differentiable=True
-                )
+                inner = Eager().forward(objective, self.x, self.y, self.h, **options)  # type: ignore[arg-type]
             return [inner.logits, inner.loss, inner.penalty]
 
         def backward() -> tuple[Tensor | None, ...]:

@@ -23,9 +23,11 @@ class Reference(GraphEngine):
         power: int,
         direction: Tensor | None,
         differentiable: bool,
+        stepped: bool = False,
     ) -> Evaluation:
         """Evaluate `fastcure.reference.curvature`."""
         with twice_differentiable():
-            logits, loss, penalty = reference.curvature(objective, x, y, h, power=power, direction=direction)
+            options = {"power": power, "direction": direction, "stepped": stepped}
+            logits, loss, penalty = reference.curvature(objective, x, y, h, **options)  # type: ignore[arg-type]
         found = objective.leaves(loss, inputs=()) if differentiable else []
         return evaluation(logits, loss, penalty, found)

@@ -36,8 +36,12 @@ class Engine(Protocol):
         power: int,
         direction: Tensor | None,
         differentiable: bool,
+        stepped: bool = False,
     ) -> Evaluation:
-        """Evaluate loss and penalty at `x` `(B, ...)`; keep what backward needs if `differentiable`."""
+        """Evaluate loss and penalty at `x` `(B, ...)`; keep what backward needs if `differentiable`.
+
+        If `stepped`, the loss is that at `x + h z`. Logits are those at x.
+        """
 
     def backward(
         self, state: Any, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool

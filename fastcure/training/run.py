@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure import CURE
+from fastcure import CURE, eps_to_h
 from fastcure.accuracy import right
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation
@@ -114,8 +114,16 @@ class Run:
         if cured:
             schedules = {name: settings.schedule(name) for name in ("lr", "gamma", "h")}
             engine = "eager" if settings.engine == "auto" else settings.engine
-            options = {"power": settings.power, "engine": engine, "batch_stats": settings.batch_stats}
-            objective: CURE | Normal = CURE(self.model, microbatch=progress.microbatch, **options)  # type: ignore[arg-type]
+            if settings.h_unit == "eps":
+                schedules["h"] = schedules["h"].times(eps_to_h(max(settings.eps), self.x_test[0].numel()))
+            objective: CURE | Normal = CURE(
+                self.model,
+                power=settings.power,
+                engine=engine,
+                batch_stats=settings.batch_stats,
+                loss_at=settings.loss_at,
+                microbatch=progress.microbatch,
+            )
         else:
             schedules, objective = {"lr": settings.schedule("pretrain_lr")}, Normal(self.model)
         self.ranks.copy_from_first(self.model.state_dict().values())

@@ -27,6 +27,10 @@ class Schedule(NamedTuple):
             epoch -= segment.epochs
         return self.segments[-1].stop
 
+    def times(self, factor: float) -> Schedule:
+        """Return the schedule in another unit."""
+        return Schedule(tuple(Segment(factor * a, factor * b, epochs) for a, b, epochs in self.segments))
+
 
 def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
     """Read a schedule: segments `VALUE` or `FROM:TO`, each but the last followed by `xEPOCHS`, joined by commas.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastcure.curvature import BatchStats
+from fastcure.curvature import BatchStats, LossAt, check_modes
 from fastcure.engines import ENGINES
 from fastcure.microbatch import check_parts
 from fastcure.models import MODELS
@@ -39,9 +39,13 @@ class Settings:
     )
     lr: str = setting("1e-3:1e-5", "Learning rate (Adam).")
     gamma: str = setting("4x50%,8x25%,12x25%", "Weight of the penalty.")
-    h: str = setting("1.25", "L2 length of the finite step, in pixels in [0, 1].")
+    h: str = setting("1.25", "Length of the finite step.")
+    h_unit: str = setting(
+        "l2", "Of h: 'l2', its L2 length, pixels in [0, 1]; or 'eps', FGSM steps of the largest --eps."
+    )
     power: int = setting(2, "2: squared norm; 1: norm.")
     batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
+    loss_at: LossAt = setting("x", "'x', or 'step' for the loss at x + h z, as in `fastcure.curvature`.")
     engine: str = setting(
         "auto", "As in `fastcure.curvature`; 'auto' is 'eager', so that a resumed run is the same run."
     )
@@ -66,6 +70,8 @@ class Settings:
             "model": tuple(MODELS),
             "power": (1, 2),
             "batch_stats": ("frozen", "split", "train"),
+            "loss_at": ("x", "step"),
+            "h_unit": ("l2", "eps"),
             "engine": tuple(ENGINES),
             "non_finite": ("stop", "skip"),
             "amp": ("none", "bf16"),
@@ -78,6 +84,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be >= {low}, got {value}")
+        check_modes(self.power, self.batch_stats, self.loss_at)
         check_parts(self.microbatch, self.batch_stats)
         if self.batch_stats == "train" and self.engine not in ("auto", "eager", "reference"):
             raise ValueError(f"engine must be auto or eager with batch_stats='train', got {self.engine!r}")

@@ -126,6 +126,14 @@ def test_options_run(npz: Path, tmp_path: Path, flags: list[str]) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
 
 
+def test_h_in_steps_of_the_largest_eps(npz: Path, tmp_path: Path) -> None:
+    flags = ["--eps", "0.05,0.1", "--h-unit", "eps", "--h", "0.5:1", "--batch-stats", "train", "--loss-at", "step"]
+    assert finetune(npz, tmp_path / "run", *flags) == 0
+    last = list(csv.DictReader((tmp_path / "run" / "history.csv").open()))[-1]
+    now = 2 - 1 / 3  # epochs of two, before the last of three steps
+    assert float(last["h"]) == pytest.approx((0.5 + 0.5 * now / 2) * 0.1 * 192**0.5)
+
+
 def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 20)):
@@ -154,6 +162,9 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
             "--engine cuda_graph wants a CUDA device, got cpu: leave it out",
         ),
         (["--batch-stats", "batch"], "batch_stats must be one of frozen, split, train"),
+        (["--loss-at", "fgsm"], "loss_at must be one of x, step, got 'fgsm'"),
+        (["--loss-at", "step", "--batch-stats", "split"], "loss_at='step' must have batch_stats 'frozen' or 'train'"),
+        (["--h-unit", "px"], "h_unit must be one of l2, eps, got 'px'"),
         (["--batch-stats", "train", "--microbatch", "8"], "microbatch must be None with batch_stats='train'"),
         (["--batch-stats", "train", "--engine", "compile"], "engine must be auto or eager with batch_stats='train'"),
         (["--eps", "2"], "eps must be radii in (0, 1]"),
