@@ -129,7 +129,7 @@ def test_options_run(npz: Path, tmp_path: Path, flags: list[str]) -> None:
 def test_h_in_steps_of_the_largest_eps(npz: Path, tmp_path: Path) -> None:
     flags = ["--eps", "0.05,0.1", "--h-unit", "eps", "--h", "0.5:1", "--batch-stats", "train", "--loss-at", "step"]
     assert finetune(npz, tmp_path / "run", *flags) == 0
-    last = list(csv.DictReader((tmp_path / "run" / "history.csv").open()))[-1]
+    last = history(tmp_path / "run")[-1]
     now = 2 - 1 / 3  # epochs of two, before the last of three steps
     assert float(last["h"]) == pytest.approx((0.5 + 0.5 * now / 2) * 0.1 * 192**0.5)
 
