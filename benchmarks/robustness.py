@@ -25,7 +25,7 @@ import torch
 from methods import Recipe
 from record import FOLDER, context
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import MAIN, Sizes, full, long, main_only, normal, smooth
+from robustness_grid import Sizes, few, full, long, normal, smooth
 from robustness_plot import draw
 from robustness_run import Run, Setting
 from robustness_table import KEY, MAY_DIFFER, Row, Table
@@ -52,11 +52,11 @@ CPU = Sizes(
     gammas=GAMMAS,
     steps=(0.5, 1.5),
     seeds=(1, 2),
-    examined=MAIN,
 )
-FEWER = {"seeds": (1,), "examined": ("CURE frozen", "CURE at FGSM, train", "FGSM-RS", "PGD-7")}
-CIFAR = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255), **FEWER)
-LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), **FEWER)
+CIFAR = dataclasses.replace(
+    CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255), steps=(), seeds=()
+)
+LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), seeds=(1,))
 SMOOTH = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, model="resnet8-gelu"), steps=(), seeds=(1,))
 GPU = Sizes(
     Setting("cifar10", "resnet18", 8 / 255, 0, 1000, 10000, 128, 1000),
@@ -66,7 +66,6 @@ GPU = Sizes(
     gammas=GAMMAS | {"CURE frozen": (4.0, 1.0, 12.0)},
     steps=(0.5, 0.72, 1.5),
     seeds=(1, 2),
-    examined=MAIN,
 )
 TINY = Sizes(
     Setting("digits", "resnet8", 0.1, 64, 32, 32, 32, 8),
@@ -76,13 +75,12 @@ TINY = Sizes(
     gammas={label: gammas[:1] for label, gammas in GAMMAS.items()},
     steps=(),
     seeds=(),
-    examined=MAIN,
 )
 PRESETS = {
     "cpu": (CPU, full),
     "large": (LARGE, long),
     "smooth": (SMOOTH, smooth),
-    "cifar": (CIFAR, main_only),
+    "cifar": (CIFAR, few),
     "gpu": (GPU, full),
     "tiny": (TINY, full),
 }

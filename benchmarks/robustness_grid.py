@@ -70,8 +70,6 @@ class Sizes:
     """Finite steps to choose from besides that of eps."""
     seeds: tuple[int, ...]
     """Besides 0."""
-    examined: tuple[str, ...]
-    """Which of the main methods' best are put under AutoAttack and the checklist."""
 
 
 class Study(Protocol):
@@ -95,6 +93,8 @@ OTHERS = (
     *("CURE/4 + FGSM-RS", "CURE at FGSM-RS, train", "FGSM", "TRADES-2", "CURE split", "CURE at FGSM"),
     *("CURE + FGSM-RS", "input gradient"),
 )
+CURVES = ("CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 + FGSM-RS", "FGSM-RS", "PGD-7")
+EXAMINED = ("CURE frozen", "CURE at FGSM, train", "FGSM-RS", "PGD-7")
 LONG = ("FGSM", "FGSM-RS", "CURE/4 + FGSM-RS", "CURE at FGSM, train", "CURE frozen", "PGD-7")
 
 
@@ -103,18 +103,20 @@ def full(study: Study, sizes: Sizes) -> None:
     low, _, high = sizes.budgets
     searched(study, (*MAIN, *OTHERS[:2]), sizes)
     for budget in (high, low):
-        for label in (*MAIN, *OTHERS[:2]):
+        for label in CURVES:
             study.run(at(study.best(label), budget), 0, "budget")
-    repeated(study, (*MAIN, *OTHERS[:2]), sizes)
-    searched(study, OTHERS, sizes)
+    repeated(study, ("standard", *CURVES, "PGD-2"), sizes)
+    for label in EXAMINED:
+        study.examine(study.best(label), 0)
     for recipe in ablations(study.best("CURE frozen"), sizes):
         study.run(recipe, 0, "ablation")
     for label in ("PGD-7", "FGSM-RS"):
         study.run(replace(study.best(label), label=f"{label}, frozen", batch_stats="frozen"), 0, "ablation")
-    study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
     for label in ("CURE frozen", "CURE train", "FGSM-RS", "PGD-7"):
         study.run(from_scratch(study.best(label), sizes), 0, "scratch")
-    for label in (*sizes.examined, *OTHERS, "PGD-10"):
+    searched(study, OTHERS, sizes)
+    study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
+    for label in (*MAIN, *OTHERS, "PGD-10"):
         study.examine(study.best(label), 0)
 
 
@@ -124,7 +126,7 @@ def long(study: Study, sizes: Sizes) -> None:
     for label in LONG:
         study.run(at(study.best(label), sizes.budgets[2]), 0, "budget")
     repeated(study, MAIN, sizes)
-    for label in sizes.examined:
+    for label in EXAMINED:
         study.examine(study.best(label), 0)
 
 
@@ -133,15 +135,12 @@ def smooth(study: Study, sizes: Sizes) -> None:
     labels = ("CURE frozen", "CURE first order")
     searched(study, labels, sizes)
     repeated(study, labels, sizes)
-    for label in labels:
-        study.examine(study.best(label), 0)
 
 
-def main_only(study: Study, sizes: Sizes) -> None:
-    """The main methods: searched, repeated and examined."""
+def few(study: Study, sizes: Sizes) -> None:
+    """The main methods, once: searched and examined."""
     searched(study, MAIN, sizes)
-    repeated(study, MAIN, sizes)
-    for label in sizes.examined:
+    for label in EXAMINED:
         study.examine(study.best(label), 0)
 
 
