@@ -5,7 +5,7 @@
     python benchmarks/robustness.py --preset smooth                     a network without kinks: exact or first order
     python benchmarks/robustness.py --preset cifar --cifar10-jpeg FILE  CIFAR-10 (JPEG), a smaller grid
     python benchmarks/robustness.py --preset gpu --dataset cifar10      ResNet-18, all images, the paper's budget
-    python benchmarks/robustness.py --plot                              the picture of the rows that are there
+    python benchmarks/robustness.py --plot                              the picture and tables of the rows there are
     python benchmarks/robustness.py --check-row 3                       do the third row's run again: is it the same?
 
 A run whose row is there is not done again: start it again after an interruption, or with a larger grid. On a CPU set
@@ -28,6 +28,7 @@ from robustness_data import JPEG, Images, read_images
 from robustness_grid import Sizes, few, full, long, normal, smooth
 from robustness_plot import draw
 from robustness_run import Run, Setting
+from robustness_summary import summary
 from robustness_table import KEY, MAY_DIFFER, Row, Table
 
 GAMMAS = {
@@ -185,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER / "robustness.csv")
     parser.add_argument("--cache", type=Path, default=Path("runs/robustness"), help="trained weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--plot", action="store_true", help="draw what is there, and run nothing")
+    parser.add_argument("--plot", action="store_true", help="show what is there, and run nothing")
     parser.add_argument("--check-row", type=int, metavar="N", help="do the run of the Nth row again, and compare")
     given = parser.parse_args(arguments)
     sizes, grid = PRESETS[given.preset]
@@ -202,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"row {given.check_row}: " + (f"differs in {', '.join(differ)}" if differ else "the same"))
             return int(bool(differ))
         grid(Study(sizes, images, table, device, given.cache), sizes)
+    if given.plot:
+        print(summary(table.rows), end="\n\n")
     print(f"picture in {draw(table.rows, given.out.with_suffix('.png'))}")
     return 0
 

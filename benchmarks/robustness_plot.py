@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+from robustness_summary import chosen
 from robustness_table import Row
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000"]
@@ -43,16 +44,11 @@ def draw(rows: list[Row], path: Path) -> Path:
 
 def curves(rows: list[Row]) -> dict[str, dict[float, list[float]]]:
     """Return label -> compute -> accuracies over seeds, of the searched settings that validation images chose."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        old = best.get(row["label"])
-        if row["stage"] == "search" and (old is None or float(row["val_pgd10"]) > float(old["val_pgd10"])):
-            best[row["label"]] = row
     found: dict[str, dict[float, list[float]]] = {}
-    for label, chosen in best.items():
+    for label, best in chosen(rows).items():
         points = defaultdict(list)
         for row in rows:
-            if row is chosen or (row["label"] == label and row["stage"] in ("seed", "budget")):
+            if row is best or (row["label"] == label and row["stage"] in ("seed", "budget")):
                 points[float(row["compute"])].append(float(row["pgd20x5"]))
         found[label] = dict(points)
     return found
