@@ -42,16 +42,31 @@ def torchs_rules() -> Iterator[None]:
         layers.convolve = ours
 
 
+@contextmanager
+def torchs_batch_norm() -> Iterator[None]:
+    """Give the eager engine torch's own double backward of batch norms in training mode."""
+    ours = layers.is_ordinary
+    layers.is_ordinary = lambda norm, x: False
+    try:
+        yield
+    finally:
+        layers.is_ordinary = ours
+
+
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
     model, x, y = workload.build()
     plain = models.build(workload.model).to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     other, x_other, _ = workload._replace(channels_last=False).build()
-    eager, oracle = cure("eager"), cure("reference")
+    eager, oracle, train = cure("eager"), cure("reference"), cure("eager", "train")
 
     def without_rules(model: nn.Module, x: Tensor, y: Tensor) -> None:
         with torchs_rules():
             eager(model, x, y)
+
+    def train_without_rule(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        with torchs_batch_norm():
+            train(model, x, y)
 
     def work(step: Callable[[nn.Module, Tensor, Tensor], None], model: nn.Module, x: Tensor) -> None:
         with workload.precision():
@@ -64,6 +79,8 @@ def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
         "without our rules of convolutions": partial(work, without_rules, model, x),
         "contiguous, not channels_last": partial(work, eager, other, x_other),
         "none shared: the oracle": partial(work, oracle, plain, x),
+        "all, batch norms in training mode": partial(work, train, model, x),
+        "so, without our rule of batch norms": partial(work, train_without_rule, model, x),
     }
     memory = {title: (run(), peak_mib(run))[1] for title, run in works.items()}
     times = medians(benchmark, works)

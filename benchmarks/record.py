@@ -15,14 +15,18 @@ FOLDER = Path(__file__).parent / "results"
 
 def context(device: torch.device) -> dict[str, Any]:
     """Return device, versions and commit."""
-    git = ["git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    git = ["git", "-C", str(FOLDER.parent)]
+    commit, changed = (
+        subprocess.run([*git, *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        # Rows are written as they come: a change to them alone is none of the code.
+        for arguments in (["describe", "--always"], ["status", "--porcelain", "-uno", ":/", f":!{FOLDER}"])
+    )
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": done.stdout.strip() or "unknown",
+        "commit": f"{commit or 'unknown'}{'-dirty' * bool(changed)}",
     }
 
 

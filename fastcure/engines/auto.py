@@ -1,6 +1,6 @@
 """The engine "auto": eager at once; on a CPU compiled, when a shape has been worked on for some minutes.
 
-Compiled, a step is 3 to 21 % shorter on a CPU (docs/performance.md), but the compilation takes from half a minute to
+Compiled, a step is 4 to 20 % shorter on a CPU (docs/performance.md), but the compilation takes from half a minute to
 some minutes: so it waits until several times as much has gone into eager steps. That is counted in floating-point
 operations and not in seconds, so that a run with the same seed changes over at the same step.
 
