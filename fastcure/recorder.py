@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastcure.layers import folds_of
 from fastcure.objective import Objective
 
 Tensors = Sequence[Tensor | None]
 Work = Callable[[], Tensors]
+Capture = TypeVar("Capture")
+
+SHAPES = 4
+"""Captures that are kept for a model: beyond, the oldest goes."""
 
 
 class Recorder(Protocol):
@@ -49,6 +55,37 @@ class CudaRecorder:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             results = work()
         return results, graph.replay
+
+
+class Captures(Generic[Capture]):
+    """What was recorded for each model: one capture for each kind of step that it was asked for."""
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[nn.Module, dict[Any, Capture]] = WeakKeyDictionary()
+
+    def find(
+        self, objective: Objective, x: Tensor, y: Tensor, settings: tuple[Any, ...], record: Callable[[], Capture]
+    ) -> Capture:
+        """Return the capture of a step, or what `record` makes if there is none.
+
+        Args:
+            objective: of the model.
+            x, y: of the step.
+            settings: all that the step depends on besides these and autocast, hashable.
+            record: makes a capture.
+        """
+        kept, device = self._kept.setdefault(objective.model, {}), x.device.type
+        key = (
+            *(*settings, objective.module.loss_fn, tuple(folds_of(objective.model))),
+            *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+            *((t.shape, t.stride(), t.dtype, t.device) for t in (x, y)),
+            *addresses(objective),
+        )
+        if key not in kept:
+            while len(kept) >= SHAPES:
+                del kept[next(iter(kept))]
+            kept[key] = record()
+        return kept[key]
 
 
 def addresses(objective: Objective) -> tuple[Any, ...]:

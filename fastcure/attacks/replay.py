@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastcure.layers import folds_of
 from fastcure.objective import Objective
-from fastcure.recorder import CudaRecorder, Recorder, addresses, buffers
-
-SHAPES = 4
-"""Captures that are kept for a model: beyond, the oldest goes."""
+from fastcure.recorder import Captures, CudaRecorder, Recorder, buffers
 
 Move = Callable[[Objective, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """`(objective, adv, x, y, step_size, eps) -> adv`, the last two of shape (B,)."""
@@ -29,7 +24,7 @@ class ReplayedSteps:
 
     def __init__(self, recorder: Callable[[], Recorder] = CudaRecorder) -> None:
         self.recorder = recorder
-        self._cache: WeakKeyDictionary[nn.Module, dict[Any, _Step]] = WeakKeyDictionary()
+        self._captures: Captures[_Step] = Captures()
 
     def of(
         self, objective: Objective, move: Move, settings: Any, x: Tensor, y: Tensor, step: Any, eps: Any
@@ -43,19 +38,10 @@ class ReplayedSteps:
             x, y: images and labels.
             step, eps: step size and radius, a number or `(B,)`.
         """
-        captures = self._cache.setdefault(objective.model, {})
-        device = x.device.type
-        key = (
-            *(settings, objective.module.loss_fn, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            *((t.shape, t.stride(), t.dtype, t.device) for t in (x, y)),
-            tuple(folds_of(objective.model)),
-            *addresses(objective),
+        captured = self._captures.find(
+            *(objective, x, y, (settings,)), lambda: _Step(self.recorder(), objective, move, x, y)
         )
-        if key not in captures:
-            while len(captures) >= SHAPES:
-                del captures[next(iter(captures))]
-            captures[key] = _Step(self.recorder(), objective, move, x, y)
-        return captures[key].around(objective, x, y, step, eps)
+        return captured.around(objective, x, y, step, eps)
 
 
 class _Step:

@@ -8,20 +8,15 @@ runs only once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcure.engines.eager import Eager
 from fastcure.engines.protocol import Evaluation
-from fastcure.layers import folds_of
 from fastcure.objective import Objective
-from fastcure.recorder import CudaRecorder, Recorder, addresses, buffers
-
-SHAPES = 4
-"""Captures that are kept for a model: beyond, the oldest goes."""
+from fastcure.recorder import Captures, CudaRecorder, Recorder, buffers
 
 
 class Graphed:
@@ -36,7 +31,7 @@ class Graphed:
 
     def __init__(self, recorder: Callable[[], Recorder] = CudaRecorder, device: str = "cuda") -> None:
         self.recorder, self.device = recorder, device
-        self._cache: WeakKeyDictionary[nn.Module, dict[Any, _Captured]] = WeakKeyDictionary()
+        self._captures: Captures[_Captured] = Captures()
 
     def forward(
         self,
@@ -60,19 +55,13 @@ class Graphed:
         if not differentiable:
             options = {"power": power, "direction": direction, "differentiable": False, "stepped": stepped}
             return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
-        captures = self._cache.setdefault(objective.model, {})
         device = x.device.type
-        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        key = (
-            *(objective.module.loss_fn, power, stepped, direction is None, autocast, tuple(folds_of(objective.model))),
-            *((t.shape, t.stride(), t.dtype) for t in (x, y)),
-            *addresses(objective),
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        captured = self._captures.find(
+            *(objective, x, y, (power, stepped, direction is None)),
+            lambda: _Captured(self.recorder(), objective, x, y, direction, power, stepped, autocast),
         )
-        if key not in captures:
-            while len(captures) >= SHAPES:
-                del captures[next(iter(captures))]
-            captures[key] = _Captured(self.recorder(), objective, x, y, direction, power, stepped, autocast)
-        return captures[key].forward(objective, x, y, h, direction)
+        return captured.forward(objective, x, y, h, direction)
 
     def backward(
         self, state: _Step, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool

@@ -15,9 +15,9 @@ from fastcure import CURE, curvature, prepare
 from fastcure.attacks import pgd
 from fastcure.attacks.replay import ReplayedSteps
 from fastcure.engines import ENGINES
-from fastcure.engines.graphed import SHAPES, Graphed
+from fastcure.engines.graphed import Graphed
 from fastcure.models import resnet8
-from fastcure.recorder import CudaRecorder
+from fastcure.recorder import SHAPES, CudaRecorder
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -79,7 +79,7 @@ def test_other_shapes_weights_and_settings_are_captured_anew(device: torch.devic
     for options in cases:
         theirs = gradients(model, x, y, weights, engine="reference", **options)
         same(gradients(model, x, y, weights, engine="cuda_graph", **options), theirs)
-    assert len(ENGINES["cuda_graph"]._cache[model]) == 3  # type: ignore[attr-defined]
+    assert len(ENGINES["cuda_graph"]._captures._kept[model]) == 3  # type: ignore[attr-defined]
 
     theirs = gradients(model, x[:3], y[:3], weights[:3], engine="reference")
     same(gradients(model, x[:3], y[:3], weights[:3], engine="cuda_graph"), theirs)
@@ -87,7 +87,7 @@ def test_other_shapes_weights_and_settings_are_captured_anew(device: torch.devic
     for count in (5, 4, 3, 2, 1):
         theirs = gradients(model, x[:count], y[:count], weights[:count], engine="reference")
         same(gradients(model, x[:count], y[:count], weights[:count], engine="cuda_graph"), theirs)
-    assert len(ENGINES["cuda_graph"]._cache[model]) == SHAPES  # type: ignore[attr-defined]
+    assert len(ENGINES["cuda_graph"]._captures._kept[model]) == SHAPES  # type: ignore[attr-defined]
 
 
 def test_gradients_are_the_callers_own(device: torch.device) -> None:
@@ -160,7 +160,7 @@ def test_an_attack_replayed_is_the_attack(device: torch.device, norm: Any, monke
         with torch.no_grad():
             model[0].weight.mul_(1.1)  # type: ignore[index]
         model(x)  # training mode: running statistics move
-    assert len(steps._cache[model]) == 1
+    assert len(steps._captures._kept[model]) == 1
 
 
 def test_an_attack_on_the_cpu_cannot_be_captured() -> None:
