@@ -168,7 +168,7 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--batch-stats", "train", "--microbatch", "8"], "microbatch must be None with batch_stats='train'"),
         (["--batch-stats", "train", "--engine", "compile"], "engine must be auto or eager with batch_stats='train'"),
         (["--eps", "2"], "eps must be radii in (0, 1]"),
-        (["--preset", "best"], "preset must be one of digits, svhn-paper, got 'best'"),
+        (["--preset", "best"], "preset must be one of digits, fast, strong, svhn-paper, got 'best'"),
         (["--device", "abacus"], "device must be auto, cpu, cuda"),
         (["--checkpoint", "nowhere.safetensors"], "checkpoint nowhere.safetensors does not exist"),
         (["--dataset", "mnist"], "unknown dataset 'mnist'; known are digits, fashion-mnist, svhn, cifar10, npz:PATH"),
@@ -228,6 +228,15 @@ def test_explicit_settings_win_over_the_preset_and_that_over_the_defaults() -> N
     assert (paper.dataset, paper.model, paper.epochs, paper.gamma) == ("svhn", "resnet18", 20, "2")
     schedule = make_settings({"preset": "svhn-paper"}).schedule("gamma")
     assert [schedule.at(epoch) for epoch in (0, 9, 10, 14, 15, 19)] == [4, 4, 8, 8, 12, 12]
+
+
+@pytest.mark.parametrize("preset", ["fast", "strong"])
+def test_presets_of_the_study_run_on_any_data(npz: Path, tmp_path: Path, preset: str) -> None:
+    flags = ["--preset", preset, "--dataset", f"npz:{npz}", "--pretrain-epochs", "1", "--epochs", "1", "--eps", "0.1"]
+    assert main(["finetune", *flags, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    used = read(tmp_path / "out", "config.json")
+    assert (used["preset"], used["loss_at"], used["batch_stats"], used["h_unit"]) == (preset, "step", "train", "eps")
+    assert float(history(tmp_path / "out")[-1]["h"]) == pytest.approx(0.1 * 192**0.5)
 
 
 def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
