@@ -16,7 +16,8 @@ from robustness_data import JPEG, Images, read_images
 from robustness_grid import COST, KIND, first, full, long, peak, smooth
 from robustness_plot import draw
 from robustness_run import Run
-from robustness_table import Table
+from robustness_summary import correlation, ranked, summary
+from robustness_table import COLUMNS, Row, Table
 
 from fastcure import CURE, reference
 from fastcure.models import build
@@ -46,7 +47,7 @@ def found(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("batch_stats", ["frozen", "split"])
+@pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
 def test_the_step_is_that_of_the_library(batch: tuple, batch_stats: str) -> None:
     model, x, y = batch
     other = copy.deepcopy(model)
@@ -54,6 +55,14 @@ def test_the_step_is_that_of_the_library(batch: tuple, batch_stats: str) -> None
     gradients(model, x, y, Recipe("", "cure", 1, "1", batch_stats=batch_stats), moment())
     assert torch.equal(found(model), found(other))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def test_a_loss_at_fgsm_is_that_of_the_library(batch: tuple) -> None:
+    model, x, y = batch
+    other = copy.deepcopy(model)
+    CURE(other, 1.2, 0.7, batch_stats="train", loss_at="step")(x, y).total.backward()
+    gradients(model, x, y, Recipe("", "cure", 1, "1", mix=1.0), moment())
+    assert torch.equal(found(model), found(other))
 
 
 def test_in_training_mode_it_is_that_of_the_oracle_and_updates_buffers_once(batch: tuple) -> None:
@@ -124,6 +133,59 @@ def test_a_run_is_done_once_and_again_gives_the_same_row(images: Images, tmp_pat
     study.table.rows[1] |= {"hz_after": "0", "seconds": "0"}
     assert check_row(again, 2) == ["hz_after"]
     assert draw(study.table.rows, tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def row(label: str, stage: str, **values: object) -> Row:
+    """A row with the values that a test cares for."""
+    usual: dict[str, object] = dict.fromkeys(COLUMNS, "")
+    usual |= {
+        "dataset": "digits",
+        "model": "resnet8",
+        "eps": 0.1,
+        "train": 100,
+        "cost": 12.0,
+        "gamma": "1",
+        "lr": "1:2",
+    }
+    usual |= {
+        "milliseconds_an_image": 3,
+        "clean": 0.9,
+        "pgd20x5": 0.5,
+        "pgd20x5_subset": 0.5,
+        "val_pgd10": 0.5,
+        "h": "1",
+    }
+    usual |= {
+        "seconds": 1,
+        "compute": 3400,
+        "epochs": 7,
+        "followed": "0.5 0.6",
+        "hz_before": 3,
+        "hz_after": 1,
+        "seed": 0,
+    }
+    return {name: str(value) for name, value in {**usual, "label": label, "stage": stage, **values}.items()}
+
+
+def test_tables_are_of_the_settings_that_validation_chose() -> None:
+    rows = [
+        row("CURE", "search", val_pgd10=0.5, pgd20x5=0.9),
+        row("CURE", "search", val_pgd10=0.6, pgd20x5=0.4, autoattack=0.35, checklist="passes 6 of 6", hz_after=2),
+        row("CURE", "seed", seed=1, pgd20x5=0.6, hz_after=0.5),
+        row("CURE", "budget", compute=8500, pgd20x5=0.7, seconds=33),
+        row("CURE: constant gamma", "ablation", pgd20x5=0.33),
+    ]
+    text = summary(rows)
+    assert "| CURE | 12.0 | 3.0 | 90.0 (90.0-90.0) | 50.0 (40.0-60.0) | 35.0 (50.0) | passes 6 of 6 |" in text
+    assert "| CURE | 40.0 (1 s) | 70.0 (33 s) |" in text
+    assert "| CURE: constant gamma | 12.0 | 7 | 90.0 | 33.0 |" in text
+    assert "| CURE | 50 60 |" in text
+
+
+def test_rank_correlation() -> None:
+    rows = [row("a", "search", hz_after=h, pgd20x5=p) for h, p in [(1, 0.9), (2, 0.5), (2, 0.5), (30, 0.1)]]
+    assert "rank correlation with PGD-20 x 5 accuracy is -1.00" in correlation(rows)
+    assert ranked([3.0, 1.0, 3.0, 0.0]) == [2.5, 1.0, 2.5, 0.0]
 
 
 def test_validation_images_choose_and_nothing_else(images: Images, tmp_path: Path) -> None:
