@@ -203,9 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"row {given.check_row}: " + (f"differs in {', '.join(differ)}" if differ else "the same"))
             return int(bool(differ))
         grid(Study(sizes, images, table, device, given.cache), sizes)
-    if given.plot:
-        print(summary(table.rows), end="\n\n")
-    print(f"picture in {draw(table.rows, given.out.with_suffix('.png'))}")
+    tables = given.out.with_suffix(".md")
+    tables.write_text(summary(table.rows) + "\n")
+    print(f"picture in {draw(table.rows, given.out.with_suffix('.png'))}, tables in {tables}")
     return 0
 
 

@@ -7,15 +7,21 @@ from itertools import groupby
 
 from robustness_table import Row
 
+INTRODUCTION = """\
+Written by `python benchmarks/robustness.py --plot` from the rows in `robustness.csv`; [the study](../../docs/study.md)
+says what was done, and what follows from it. Accuracies are in percent, on the first test images (their number is in
+the rows); of several seeds the mean, with the worst and the best in brackets. One F is a forward pass of one image.
+Times are those of a machine that did other work besides, and so are no benchmark."""
+
 Setting = tuple[str, str, str]
 
 
 def summary(rows: list[Row]) -> str:
     """Return all tables as Markdown."""
-    parts = list[str]()
+    parts = ["# Tables of the study", INTRODUCTION]
     for setting in dict.fromkeys(setting_of(row) for row in rows):
         its = [row for row in rows if setting_of(row) == setting]
-        parts += [f"### {title(setting)}", *tables(its)]
+        parts += [f"## {title(setting)}", *tables(its)]
     return "\n\n".join(parts)
 
 
