@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from fastcure import eps_to_h, prepare
 from fastcure.analysis import curvature_along_gradient, frobenius_norm
-from fastcure.attacks import autoattack, pgd
+from fastcure.attacks import autoattack, margin_loss, pgd
 from fastcure.checklist import masking_checklist
 from fastcure.data import Loader
 from fastcure.flops import FlopCounter
 from fastcure.models import MODELS, resnet8
-from fastcure.objective import evaluation_mode
+from fastcure.objective import LossFn, cross_entropy, evaluation_mode
 from fastcure.training.schedule import parse_schedule
 
 Columns = dict[str, Any]
@@ -89,21 +89,23 @@ class Run:
         return {**spent, **self._measured(model, start)}
 
     def examine(self) -> Columns:
-        """AutoAttack, and the checklist of gradient masking."""
+        """AutoAttack, PGD on the margin, and the checklist of gradient masking."""
         model, n = self.trained()[0], self.setting.autoattack_images
         x, y = self._part(self.images.test, n)
         with evaluation_mode(model):
             adv = autoattack(model, x, y, self.setting.eps, generator=self._generator())
             with torch.no_grad():
                 left, right = (int((model(images).argmax(1) == y).sum()) for images in (adv, x))
+        margin = self._survivors(model, (x, y), steps=20, restarts=RESTARTS, loss_fn=margin_loss)
+        columns: Columns = {"autoattack": left / n, "margin20x5_subset": float(margin.double().mean())}
         if not right:
-            return {"autoattack": 0.0, "checklist": "no image is classified rightly"}
+            return {**columns, "checklist": "no image is classified rightly"}
         twin = self.normal.trained()[0] if self.normal else None
         options: Columns = {"twin": twin, "steps": 20, "samples": 16, "generator": self._generator()}
         items = masking_checklist(model, x, y, self.setting.eps, **options)
         failed = [item.name for item in items if item.passed is False]
         seen = sum(item.passed is not None for item in items)
-        return {"autoattack": left / n, "checklist": "; ".join(failed) or f"passes {seen} of {seen}"}
+        return {**columns, "checklist": "; ".join(failed) or f"passes {seen} of {seen}"}
 
     def trained(self) -> tuple[nn.Module, Columns]:
         """Return the network and what its training told, from the cache if it is there."""
@@ -212,14 +214,22 @@ class Run:
         }
         return {name: f"{float(value.mean()):.6g}" for name, value in means.items()}
 
-    def _survivors(self, model: nn.Module, part: tuple[Tensor, Tensor], steps: int = 0, restarts: int = 0) -> Tensor:
-        """Return which images `(N,)` are classified rightly under every start of PGD.
+    def _survivors(
+        self,
+        model: nn.Module,
+        part: tuple[Tensor, Tensor],
+        steps: int = 0,
+        restarts: int = 0,
+        loss_fn: LossFn = cross_entropy,
+    ) -> Tensor:
+        """Return which images `(N,)` are classified rightly under every start of PGD on a loss.
 
         A start attacks only those that the starts before it left, which changes no accuracy.
         """
         x, y = part
         generator = self._generator()
-        attack: Callable[..., Tensor] = partial(pgd, eps=self.setting.eps, steps=steps, generator=generator)
+        options: Columns = {"eps": self.setting.eps, "steps": steps, "generator": generator, "loss_fn": loss_fn}
+        attack: Callable[..., Tensor] = partial(pgd, **options)
         with evaluation_mode(model):
             left = torch.ones_like(y, dtype=torch.bool)
             for start in range(restarts + 1):

@@ -16,10 +16,11 @@ KEY = [*Recipe.__dataclass_fields__, *Setting.__dataclass_fields__, "seed"]
 
 FOUND = [
     *("cost", "compute", "seconds", "milliseconds_an_image", "followed", "penalties", "val_clean", "val_pgd10"),
-    *("clean", "pgd20x5", "pgd20x5_subset", "autoattack", "checklist"),
+    *("clean", "pgd20x5", "pgd20x5_subset", "margin20x5_subset", "autoattack", "checklist"),
     *(f"{name}_{when}" for when in ("before", "after") for name in ("hz_exact", "hz", "frobenius")),
 ]
-"""What came of it. cost: F a sample; compute: F in all; followed: PGD-10 on validation images after each epoch."""
+"""What came of it. cost: F a sample; compute: F in all; followed: PGD-10 on validation images after each epoch.
+margin20x5_subset: PGD on the margin in place of cross-entropy, which AutoAttack's members attack as well."""
 
 ABOUT = ["stage", "device", "threads", "torch", "python", "commit"]
 COLUMNS = KEY + FOUND + ABOUT

@@ -170,13 +170,22 @@ def row(label: str, stage: str, **values: object) -> Row:
 def test_tables_are_of_the_settings_that_validation_chose() -> None:
     rows = [
         row("CURE", "search", val_pgd10=0.5, pgd20x5=0.9),
-        row("CURE", "search", val_pgd10=0.6, pgd20x5=0.4, autoattack=0.35, checklist="passes 6 of 6", hz_after=2),
+        row(
+            "CURE",
+            "search",
+            val_pgd10=0.6,
+            pgd20x5=0.4,
+            autoattack=0.35,
+            margin20x5_subset=0.36,
+            checklist="ok",
+            hz_after=2,
+        ),
         row("CURE", "seed", seed=1, pgd20x5=0.6, hz_after=0.5),
         row("CURE", "budget", compute=8500, pgd20x5=0.7, seconds=33),
         row("CURE: constant gamma", "ablation", pgd20x5=0.33),
     ]
     text = summary(rows)
-    assert "| CURE | 12.0 | 3.0 | 90.0 (90.0-90.0) | 50.0 (40.0-60.0) | 35.0 (50.0) | passes 6 of 6 |" in text
+    assert "| CURE | 12.0 | 3.0 | 90.0 (90.0-90.0) | 50.0 (40.0-60.0) | 35.0 (50.0; 36.0) | ok |" in text
     assert "| CURE | 40.0 (1 s) | 70.0 (33 s) |" in text
     assert "| CURE: constant gamma | 12.0 | 7 | 90.0 | 33.0 |" in text
     assert "| CURE | 50 60 |" in text
