@@ -23,13 +23,13 @@ def setting(default: Any, meaning: str) -> Any:
 class Settings:
     """All that determines a run. Numbers that may change during it are schedules, see `parse_schedule`."""
 
-    dataset: str = setting("digits", "As in `fastcure.data.load`.")
+    dataset: str = setting("digits", "digits, fashion-mnist, svhn, cifar10, npz:PATH or hf:OWNER/NAME.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
-    model: str = setting("resnet8", "As in `fastcure.models.build`.")
+    model: str = setting("resnet8", f"{', '.join(MODELS)}.")
     checkpoint: str | None = setting(
         None, "Weights to start from, .safetensors or .pt; without them the model is first trained normally."
     )
-    preset: str | None = setting(None, "Name of the defaults that were used, of `PRESETS`.")
+    preset: str | None = setting(None, "Where the other defaults come from.")
     pretrain_epochs: int = setting(20, "Epochs of normal training.")
     pretrain_lr: str = setting("1e-3:1e-5", "Learning rate of normal training.")
     epochs: int = setting(20, "Epochs of fine-tuning with CURE.")
@@ -47,7 +47,7 @@ class Settings:
     batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
     loss_at: LossAt = setting("x", "'x', or 'step' for the loss at x + h z, as in `fastcure.curvature`.")
     engine: str = setting(
-        "auto", "As in `fastcure.curvature`; 'auto' is 'eager', so that a resumed run is the same run."
+        "auto", f"{', '.join(ENGINES)}; 'auto' is 'eager' here, so that a resumed run is the same run."
     )
     non_finite: str = setting(
         "stop", "'stop' or 'skip' (and count): what becomes of a step whose loss, penalty or gradient is not finite."
