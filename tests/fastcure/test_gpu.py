@@ -1,6 +1,7 @@
 """The penalty and the attacks on a CUDA device, against the float64 oracle on the CPU."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +13,22 @@ from fastcure.attacks import pgd
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_stats": "train"}, {"loss_at": "step"}], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_the_penalty_on_the_device_equals_the_oracle(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_the_penalty_on_the_device_equals_the_oracle(
+    name: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
+) -> None:
     case = make(NETWORKS[name], 6, seed=0)
     z = torch.randn_like(case.x) / case.x[0].numel() ** 0.5
-    truth = curvature(*case, engine="reference", direction=z)
+    truth = curvature(*case, engine="reference", direction=z, **options)
     (truth.loss + truth.penalty).sum().backward()
     model = copy.deepcopy(case.model).to("cuda", dtype)
     model.zero_grad()
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        out = curvature(model, case.x.to("cuda", dtype), case.y.cuda(), direction=z.to("cuda", dtype))
+        out = curvature(model, case.x.to("cuda", dtype), case.y.cuda(), direction=z.to("cuda", dtype), **options)
         (out.loss + out.penalty).sum().backward()
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
