@@ -63,13 +63,15 @@ class _BatchNorm(torch.autograd.Function):
         phase: Phase,
     ) -> Tensor:
         y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, factor, eps)
-        ctx.save_for_backward(x, weight, m, r)
+        # Activation checkpointing recomputes by torch's batch norm, and would give the tensors that it saves for these,
+        # if they had the same shapes. The first has a shape of its own, so that this is an error.
+        ctx.save_for_backward(x.new_empty(0, dtype=torch.bool), x, weight, m, r)
         ctx.eps, ctx.phase = eps, phase
         return y
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Any, ...]:
-        x, weight, m, r = ctx.saved_tensors
+        _, x, weight, m, r = ctx.saved_tensors
         want = list(ctx.needs_input_grad[:3])
         if ctx.phase.input_gradient:
             want[1:] = False, False

@@ -123,14 +123,13 @@ def evaluate(
     With `batch_norms_train` the flags of batch norms stay as they are, and their statistics move once.
     """
     chosen = engine_called(engine)
-    batch_norms_train = batch_norms_train and any(m.training and isinstance(m, NORMS) for m in model.modules())
-    if batch_norms_train:
-        check_training_norms(model, engine)
-    objective = Objective(model, loss_fn, moving=batch_norms_train)
+    norms = training_norms(model, loss_fn) if batch_norms_train else {}
+    if norms:
+        check_training_norms(norms, engine)
+    objective = Objective(model, loss_fn, moving=norms.values())
     differentiable = objective.trainable and torch.is_grad_enabled()
     warn_of_small_step(model, x, h)
-    kept = NORMS if batch_norms_train else ()
-    with torch.enable_grad(), evaluation_mode(model, loss_fn, but=kept), first_batch(objective, x, y):
+    with torch.enable_grad(), evaluation_mode(model, loss_fn, but=NORMS if norms else ()), first_batch(objective, x, y):
         evaluation = chosen.forward(
             *(objective, x, y, h), power=power, direction=direction, differentiable=differentiable, stepped=stepped
         )
@@ -171,12 +170,18 @@ def check_modes(power: int, batch_stats: str, loss_at: str) -> None:
         )
 
 
-def check_training_norms(model: nn.Module, engine: str) -> None:
+def training_norms(*roots: object) -> dict[str, nn.Module]:
+    """Return the batch norms in training mode, by name."""
+    modules = (named for root in roots if isinstance(root, nn.Module) for named in root.named_modules())
+    return {name: module for name, module in modules if module.training and isinstance(module, NORMS)}
+
+
+def check_training_norms(norms: dict[str, nn.Module], engine: str) -> None:
     """Check that the engine can run batch norms in training mode, and that they have a double backward."""
     if engine not in ("auto", "eager", "reference"):
         raise ValueError(f"batch_stats='train' must run on engine='eager' (or 'auto'), got {engine!r}")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) and module.training:
+    for name, module in norms.items():
+        if isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"batch_stats='train' must have batch norms with a double backward, got the SyncBatchNorm {name}: keep "
                 "nn.BatchNorm, whose statistics are each process's own, or batch_stats='frozen'"

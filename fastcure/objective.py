@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,11 +73,16 @@ class Objective:
         model: the network.
         loss_fn: `(logits, y) -> (B,)`.
         trainable: False to differentiate with respect to the inputs only.
-        moving: remember what the first pass makes of the buffers, for `move_buffers`.
+        moving: remember what the first pass makes of the buffers of these modules, for `move_buffers`.
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn = cross_entropy, *, trainable: bool = True, moving: bool = False
+        self,
+        model: nn.Module,
+        loss_fn: LossFn = cross_entropy,
+        *,
+        trainable: bool = True,
+        moving: Iterable[nn.Module] = (),
     ) -> None:
         self.model = model
         self.module = ModelWithLoss(model, loss_fn)
@@ -89,7 +94,8 @@ class Objective:
         for alias in self.state.values():
             if alias.requires_grad:
                 alias.register_post_accumulate_grad_hook(_lost)
-        self._moving = moving
+        of = {id(buffer) for module in moving for buffer in module.buffers(recurse=False)}
+        self._moving = {name: buffer for name, buffer in self.module.named_buffers() if id(buffer) in of}
         self._moved: dict[str, Tensor] = {}
         self.trainable = trainable and any(p.requires_grad for p in named.values())
         # A parameter that the model reaches around its own attributes (a closure) stays itself.
@@ -100,15 +106,14 @@ class Objective:
         """Return `(logits, loss (B,))` of one forward."""
         logits, loss = functional_call(self.module, self.state, (x, y))
         if self._moving and not self._moved:
-            self._moved = {name: self.state[name].clone() for name, _ in self.module.named_buffers()}
+            self._moved = {name: self.state[name].clone() for name in self._moving}
         return logits, loss
 
     def move_buffers(self) -> None:
-        """Give the model's buffers the values that they had after the first pass."""
+        """Give the buffers of the modules `moving` the values that they had after the first pass."""
         with torch.no_grad():
-            for name, buffer in self.module.named_buffers():
-                if name in self._moved:
-                    buffer.copy_(self._moved[name])
+            for name, value in self._moved.items():
+                self._moving[name].copy_(value)
 
     def leaves(self, *losses: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, nn.Parameter]]:
         """Find the trainable leaves under `losses`, each with the parameter whose gradient it carries.

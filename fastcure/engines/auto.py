@@ -93,9 +93,10 @@ class Auto(GraphEngine):
         try:
             evaluation = self.compiled.forward(*arguments, **options)
         except Exception as error:
+            evaluation = self._eager.forward(*arguments, **options)  # it raises as well if the batch is at fault
             shape.eager = True
-            logger.warning("fastcure: steps stay as they are: %s", str(error).splitlines()[0])
-            return self._eager.forward(*arguments, **options)
+            logger.warning("fastcure: steps stay as they are: %s", " ".join(str(error).split())[:300])
+            return evaluation
         shape.compilations += compilations() > before
         if shape.compilations > MOST_COMPILATIONS:
             shape.eager = True

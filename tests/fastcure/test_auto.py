@@ -176,3 +176,16 @@ def test_the_default_engine_is_this_one_and_shares_the_compile_engine() -> None:
     auto = ENGINES["auto"]
     assert isinstance(auto, Auto)
     assert auto.compiled is ENGINES["compile"]
+
+
+def test_a_batch_that_is_wrong_is_not_the_compilers_fault(case: Case) -> None:
+    compiled = Counted()
+    auto = Auto(compiled, hot=0.0)
+    for _ in range(2):
+        step(auto, case)
+    bad = Case(case.model, case.x, torch.full_like(case.y, 99))
+    with pytest.raises(Exception, match="labels must be in"):
+        step(auto, bad)
+    calls = compiled.calls
+    step(auto, case)
+    assert compiled.calls == calls + 1

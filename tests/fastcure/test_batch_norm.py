@@ -8,6 +8,7 @@ import torch
 from networks import NETWORKS, make, relative
 from torch import Tensor, nn
 from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, curvature
 from fastcure.batch_norm import normalise
@@ -210,3 +211,69 @@ def test_mixed_dtypes_take_the_library_s_norm() -> None:
     parameters = list(model.parameters())
     ours, wide = (grad((o.loss + o.penalty).sum(), parameters) for o in (out, truth))
     assert relative(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in wide])) < 0.1
+
+
+class Checkpointed(nn.Module):
+    """A network whose body, which ends in its batch norm, is computed again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(checkpoint(self.body, x, use_reentrant=False)).flatten(1))
+
+
+@pytest.mark.parametrize("of", ["loss", "penalty"])
+def test_activation_checkpointing_is_an_error(of: str) -> None:
+    out = curvature(Checkpointed(), torch.rand(6, 3, 4, 4), torch.arange(6) % 5, batch_stats="train")
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        getattr(out, of).sum().backward()
+
+
+class Remembering(nn.Module):
+    """A network with buffers that a forward makes, and changes the shape of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(64, 5)
+        self.register_buffer("grid", None)
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x))
+        if self.grid is None:
+            self.grid = torch.ones(4, 4)
+        self.last = h.detach().mean((1, 2, 3))
+        return self.fc((h * self.grid).tanh().flatten(1))
+
+
+def test_buffers_of_other_modules_are_none_of_its_business() -> None:
+    model = Remembering()
+    for step in (1, 2):
+        curvature(model, torch.rand(6, 3, 4, 4), torch.arange(6) % 5, batch_stats="train")
+        assert int(model.norm.num_batches_tracked) == step
+    assert model.last.shape == (1,)
+
+
+class NormedLoss(nn.Module):
+    """A loss with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.norm(logits), y, reduction="none")
+
+
+@pytest.mark.parametrize("engine", ["eager", "reference"])
+def test_norms_of_the_loss_do_so_as_well(engine: str) -> None:
+    model, loss_fn = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), NormedLoss()
+    x, y = torch.rand(6, 3, 4, 4), torch.arange(6) % 5
+    expected = copy.deepcopy(loss_fn)(model(x), y)
+    torch.testing.assert_close(
+        curvature(model, x, y, loss_fn=loss_fn, batch_stats="train", engine=engine).loss, expected
+    )
+    assert int(loss_fn.norm.num_batches_tracked) == 1
