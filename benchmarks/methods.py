@@ -7,7 +7,7 @@ batch norm, so that two of them differ in what they are called after.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -194,10 +194,11 @@ def penalise(
 ) -> float:
     """Add the gradients of `w_loss * loss + gamma * penalty`: sums over x divided by `count`, gamma by its share."""
     engine, training = ENGINES[recipe.engine], recipe.batch_stats == "train"
-    objective = Recorded(model, update=training and w_loss > 0)
+    objective = Recorded(model, moving=model.modules() if training and w_loss > 0 else ())
     with torch.enable_grad(), warnings.catch_warnings(), nullcontext() if training else evaluation_mode(model):
         warnings.simplefilter("ignore")  # what the first-order engine says of kinks is what is measured here
         found = engine.forward(objective, x, y, moment.h, power=recipe.power, direction=None, differentiable=True)
+    objective.move_buffers()
     state = found.state
     if recipe.mix:
         first, second = objective.losses
@@ -216,18 +217,14 @@ def penalise(
 
 
 class Recorded(Objective):
-    """Keeps the losses of its passes; the first of them, if asked, updates the model's buffers."""
+    """Keeps the losses of its passes."""
 
-    def __init__(self, model: nn.Module, *, update: bool) -> None:
-        super().__init__(model)
-        self.update, self.losses = update, list[Tensor]()
+    def __init__(self, model: nn.Module, *, moving: Iterable[nn.Module]) -> None:
+        super().__init__(model, moving=moving)
+        self.losses = list[Tensor]()
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(logits, loss (B,))`."""
         logits, loss = super().__call__(x, y)
-        if self.update and not self.losses:
-            with torch.no_grad():
-                for name, buffer in self.module.named_buffers():
-                    buffer.copy_(self.state[name])
         self.losses.append(loss)
         return logits, loss
