@@ -15,17 +15,21 @@ MARKERS = "osD^vPX*<>hd"
 
 
 def draw(rows: list[Row], path: Path) -> Path:
-    """Draw a panel a setting: the mean over seeds, with a bar from the worst to the best."""
+    """Draw a panel a setting: the mean over seeds, with a bar from the worst to the best.
+
+    Settings with one budget alone are left to the tables, unless there are no others.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(setting_of(row) for row in rows))
-    labels = list(chosen(rows))
+    panels = list(dict.fromkeys(setting_of(row) for row in rows if row["stage"] == "budget")) or panels
+    labels = list(chosen([row for row in rows if setting_of(row) in panels]))
     columns = min(2, max(1, len(panels)))
     lines = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(5.5 * columns, 1.2 + 4 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         its = [row for row in rows if setting_of(row) == panel]
         for label, points in curves(its).items():
@@ -43,7 +47,7 @@ def draw(rows: list[Row], path: Path) -> Path:
         axes.tick_params(which="both", labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     shown = {
         text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
