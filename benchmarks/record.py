@@ -19,7 +19,10 @@ def context(device: torch.device) -> dict[str, Any]:
     commit, changed = (
         subprocess.run([*git, *arguments], capture_output=True, text=True, check=False).stdout.strip()
         # Rows are written as they come: a change to them alone is none of the code.
-        for arguments in (["describe", "--always"], ["status", "--porcelain", "-uno", ":/", f":!{FOLDER}"])
+        for arguments in (
+            ["describe", "--always"],
+            ["status", "--porcelain", "-uno", ":/", ":(exclude,top)benchmarks/results"],
+        )
     )
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
