@@ -123,10 +123,10 @@ def evaluate(
     With `batch_norms_train` the flags of batch norms stay as they are, and their statistics move once.
     """
     chosen = engine_called(engine)
-    norms = training_norms(model, loss_fn) if batch_norms_train else {}
+    norms = training_norms(model, loss_fn) if batch_norms_train else []
     if norms:
         check_training_norms(norms, engine)
-    objective = Objective(model, loss_fn, moving=norms.values())
+    objective = Objective(model, loss_fn, moving=[module for _, module in norms])
     differentiable = objective.trainable and torch.is_grad_enabled()
     warn_of_small_step(model, x, h)
     with torch.enable_grad(), evaluation_mode(model, loss_fn, but=NORMS if norms else ()), first_batch(objective, x, y):
@@ -170,17 +170,17 @@ def check_modes(power: int, batch_stats: str, loss_at: str) -> None:
         )
 
 
-def training_norms(*roots: object) -> dict[str, nn.Module]:
-    """Return the batch norms in training mode, by name."""
+def training_norms(*roots: object) -> list[tuple[str, nn.Module]]:
+    """Return the batch norms in training mode, each with its name, which is that within its root."""
     modules = (named for root in roots if isinstance(root, nn.Module) for named in root.named_modules())
-    return {name: module for name, module in modules if module.training and isinstance(module, NORMS)}
+    return [(name, module) for name, module in modules if module.training and isinstance(module, NORMS)]
 
 
-def check_training_norms(norms: dict[str, nn.Module], engine: str) -> None:
+def check_training_norms(norms: list[tuple[str, nn.Module]], engine: str) -> None:
     """Check that the engine can run batch norms in training mode, and that they have a double backward."""
     if engine not in ("auto", "eager", "reference"):
         raise ValueError(f"batch_stats='train' must run on engine='eager' (or 'auto'), got {engine!r}")
-    for name, module in norms.items():
+    for name, module in norms:
         if isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"batch_stats='train' must have batch norms with a double backward, got the SyncBatchNorm {name}: keep "

@@ -117,8 +117,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "track": 100,
         "eps": (0.025, 0.05, 0.075, 0.1),
     },
-    # What the study found best of ours on small networks and data (docs/study.md), at two budgets. Not the paper's: the
-    # loss is taken at the FGSM point, where one training step of PGD adversarial training costs half as much again.
+    # More robust than PGD-7 adversarial training at equal arithmetic, on small networks and data (docs/study.md, where
+    # these are two of the budgets). Not the paper's: the loss is taken at the FGSM point.
     **{
         name: {
             "model": "resnet8",

@@ -268,6 +268,12 @@ class NormedLoss(nn.Module):
         return torch.nn.functional.cross_entropy(self.norm(logits), y, reduction="none")
 
 
+def test_norms_of_one_name_in_model_and_loss_both_move() -> None:
+    model, loss_fn = Remembering(), NormedLoss()
+    curvature(model, torch.rand(6, 3, 4, 4), torch.arange(6) % 5, loss_fn=loss_fn, batch_stats="train")
+    assert int(model.norm.num_batches_tracked) == int(loss_fn.norm.num_batches_tracked) == 1
+
+
 @pytest.mark.parametrize("engine", ["eager", "reference"])
 def test_norms_of_the_loss_do_so_as_well(engine: str) -> None:
     model, loss_fn = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), NormedLoss()
