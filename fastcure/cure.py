@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from fastcure.checks import check_positive
-from fastcure.curvature import BatchStats, LossAt, check_arguments, check_modes, curvature
+from fastcure.checks import check_fraction, check_positive
+from fastcure.curvature import BatchStats, LossAt, attach, check_arguments, check_modes, curvature, evaluate
 from fastcure.data_parallel import sent_backward_once
 from fastcure.engines import engine_called
 from fastcure.microbatch import check_parts, in_parts
@@ -22,7 +23,7 @@ class CUREOutput(NamedTuple):
     loss: Tensor
     """Mean loss of the batch, at x or where `loss_at` has it."""
     penalty: Tensor
-    """Mean penalty of the batch."""
+    """Mean penalty of the batch, or of the `fraction` of it that has one."""
     logits: Tensor
     """(B, C), detached."""
 
@@ -39,13 +40,17 @@ class CURE(nn.Module):
         h: L2 length of the finite step in input units, `> 0`.
         gamma: weight of the penalty, `>= 0`.
         loss_fn, power, engine, batch_stats, loss_at: as in `fastcure.curvature`.
+        fraction: share of each batch that has a penalty, in (0, 1]: its first samples, so shuffle. Their mean estimates
+            that of the batch without bias, and gamma means the same. A step costs 3 + 9 `fraction` forward passes
+            (5 + 7 `fraction` with the loss at the step, 3 + 12 `fraction` with "split"). With "train" the two parts
+            are normalised apart, and buffers change by the larger one.
         microbatch: evaluate this many samples at a time: the same numbers, with the memory of so many. The gradients of
             `total` are then computed in the forward and only scaled in the backward; `loss` and `penalty` are
             detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided; with
             "train", where samples depend on each other, nothing can be.
 
     Raises:
-        ValueError: if `h`, `gamma` or `microbatch` is out of range, here and when `h` or `gamma` is set.
+        ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when `h` or `gamma` is set.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class CURE(nn.Module):
         engine: str = "auto",
         batch_stats: BatchStats = "frozen",
         loss_at: LossAt = "x",
+        fraction: float = 1.0,
         microbatch: int | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +74,8 @@ class CURE(nn.Module):
         if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
             raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
         check_parts(microbatch, batch_stats)
-        self.microbatch = microbatch
+        check_fraction(fraction)
+        self.microbatch, self.fraction = microbatch, fraction
         self.model = model
         self.loss_fn = loss_fn
         self.power, self.engine, self.batch_stats, self.loss_at = power, engine, batch_stats, loss_at
@@ -100,6 +107,9 @@ class CURE(nn.Module):
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
         if self.microbatch is not None and self.microbatch < len(x):
             return self._in_parts(x, y, self.microbatch)
+        some = self._penalised(x)
+        if some < len(x):
+            return self._on_some(x, y, some)
         out = curvature(
             self.model,
             x,
@@ -114,14 +124,48 @@ class CURE(nn.Module):
         loss, penalty = out.loss.mean(), out.penalty.mean()
         return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
 
+    def _penalised(self, x: Tensor) -> int:
+        """Return how many samples have a penalty: at least one."""
+        return max(1, round(self.fraction * len(x))) if self.fraction < 1 else len(x)
+
+    def _on_some(self, x: Tensor, y: Tensor, some: int) -> CUREOutput:
+        """The penalty of the first samples, and the loss of all."""
+        check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
+        model, rest = unwrap(self.model), len(x) - some
+        whole = ModelWithLoss(model, self.loss_fn)(x, y) if self.batch_stats == "split" else None
+        h = self.h if isinstance(self.h, Tensor) and self.h.dim() else None
+
+        def part(samples: slice, *, penalised: bool, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
+            engine, evaluation = evaluate(
+                *(model, x[samples], y[samples], self.h if h is None else h[samples]),
+                loss_fn=self.loss_fn,
+                power=self.power,
+                engine=self.engine,
+                stepped=self.loss_at == "step",
+                batch_norms_train=self.batch_stats == "train",
+                moves=moves,
+                penalised=penalised,
+            )
+            return evaluation.logits, *attach(engine, evaluation)
+
+        logits, loss, penalty = part(slice(some), penalised=True, moves=some >= rest)
+        if whole is None:
+            others = part(slice(some, None), penalised=False, moves=some < rest)
+            logits, loss = torch.cat([logits, others[0]]), torch.cat([loss, others[1]])
+        else:
+            logits, loss = whole[0].detach(), whole[1]
+        loss, penalty = sent_backward_once(loss.mean(), penalty.mean())
+        return CUREOutput(loss + self.gamma * penalty, loss, penalty, logits)
+
     def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
         check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
         check_parts(microbatch, self.batch_stats)
-        model, split = unwrap(self.model), self.batch_stats == "split"
+        model, split, some = unwrap(self.model), self.batch_stats == "split", self._penalised(x)
         called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
-        w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / len(x)
+        w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / some
         parts = in_parts(
             *(model, x, y, self.h, w_loss, w_penalty, microbatch),
+            penalised=some,
             loss_fn=self.loss_fn,
             power=self.power,
             engine=self.engine,
@@ -139,5 +183,5 @@ class CURE(nn.Module):
         """Show the settings in `print(cure)`."""
         return (
             f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
-            f"batch_stats={self.batch_stats!r}, loss_at={self.loss_at!r}"
+            f"batch_stats={self.batch_stats!r}, loss_at={self.loss_at!r}, fraction={self.fraction}"
         )

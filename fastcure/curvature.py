@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from fastcure.checks import check_batch, check_positive, not_inside_torch_compile, refuse_transforms
 from fastcure.data_parallel import refuse_static_graph, sent_backward_once
-from fastcure.engines import Engine, Evaluation, engine_called
+from fastcure.engines import Engine, Evaluation, LossOnly, engine_called
 from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
 
 BatchStats = Literal["frozen", "split", "train"]
 LossAt = Literal["x", "step"]
 NORMS = (nn.modules.batchnorm._BatchNorm,)
+_loss_only = LossOnly()
 
 
 class Curvature(NamedTuple):
@@ -99,7 +100,7 @@ def curvature(
         stepped=loss_at == "step",
         batch_norms_train=batch_stats == "train",
     )
-    logits, (loss, penalty) = evaluation.logits, _Attach.apply(chosen, evaluation, *evaluation.parameters)
+    logits, (loss, penalty) = evaluation.logits, attach(chosen, evaluation)
     if called is not None:
         logits, loss = called[0].detach(), called[1]
     return Curvature(logits, *sent_backward_once(loss, penalty))
@@ -117,16 +118,19 @@ def evaluate(
     direction: Tensor | None = None,
     stepped: bool = False,
     batch_norms_train: bool = False,
+    moves: bool = True,
+    penalised: bool = True,
 ) -> tuple[Engine, Evaluation]:
     """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on.
 
-    With `batch_norms_train` the flags of batch norms stay as they are, and their statistics move once.
+    With `batch_norms_train` the flags of batch norms stay as they are, and if `moves` their statistics move once.
+    Without `penalised` the penalty is 0, and costs nothing.
     """
-    chosen = engine_called(engine)
+    chosen = engine_called(engine) if penalised else _loss_only
     norms = training_norms(model, loss_fn) if batch_norms_train else []
     if norms:
         check_training_norms(norms, engine)
-    objective = Objective(model, loss_fn, moving=[module for _, module in norms])
+    objective = Objective(model, loss_fn, moving=[module for _, module in norms] if moves else ())
     differentiable = objective.trainable and torch.is_grad_enabled()
     warn_of_small_step(model, x, h)
     with torch.enable_grad(), evaluation_mode(model, loss_fn, but=NORMS if norms else ()), first_batch(objective, x, y):
@@ -135,6 +139,12 @@ def evaluate(
         )
     objective.move_buffers()
     return chosen, evaluation
+
+
+def attach(engine: Engine, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+    """Return loss and penalty `(B,)`, differentiable in the parameters through the engine's backward."""
+    loss, penalty = _Attach.apply(engine, evaluation, *evaluation.parameters)
+    return loss, penalty
 
 
 def check_arguments(

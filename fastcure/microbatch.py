@@ -6,6 +6,7 @@ backward only scales their sum.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Parts(NamedTuple):
     loss: Tensor
     """(B,), detached."""
     penalty: Tensor
-    """(B,), detached."""
+    """Of the samples that have one, detached."""
     logits: Tensor
     """(B, C), detached."""
 
@@ -46,6 +47,7 @@ def in_parts(
     w_penalty: float | Tensor,
     microbatch: int,
     *,
+    penalised: int,
     loss_fn: LossFn,
     power: int,
     engine: str,
@@ -53,13 +55,16 @@ def in_parts(
 ) -> Parts:
     """Evaluate `sum(w_loss * loss + w_penalty * penalty)` in evaluation mode, `microbatch` samples at a time.
 
-    Arguments are those of `fastcure.curvature`, all checked; with `w_loss` 0 the gradient of the loss is not computed.
+    Arguments are those of `fastcure.curvature`, all checked. Of the samples the first `penalised` have a penalty; with
+    `w_loss` 0 the gradient of the loss is not computed, and what samples without penalty have is not looked at.
     """
     lengths = h if isinstance(h, Tensor) and h.dim() and len(h) == len(x) else None
     gradients: dict[nn.Parameter, Tensor] = {}
     results = []
-    for start in range(0, len(x), microbatch):
-        part = slice(start, start + microbatch)
+    counted = len(x) if w_loss else penalised
+    starts = [*range(0, penalised, microbatch), *range(penalised, counted, microbatch)]
+    for start, stop in pairwise([*starts, counted]):
+        part = slice(start, stop)
         chosen, result = evaluate(
             model,
             x[part],
@@ -69,6 +74,7 @@ def in_parts(
             power=power,
             engine=engine,
             stepped=stepped,
+            penalised=start < penalised,
         )
         results.append(result[:3])
         if not result.parameters:
@@ -84,6 +90,7 @@ def in_parts(
                     old = gradients.get(parameter)
                     gradients[parameter] = gradient if old is None else old + gradient  # it may be another's too
     logits, loss, penalty = (torch.cat(values) for values in zip(*results, strict=True))
+    penalty = penalty[:penalised]
     total = w_loss * loss.sum() + w_penalty * penalty.sum()
     total = _Scaled.apply(total, tuple(gradients.values()), *gradients)
     return Parts(total, loss, penalty, logits)

@@ -7,6 +7,7 @@ from fastcure.engines.compiled import Compile
 from fastcure.engines.eager import Eager
 from fastcure.engines.first_order import FirstOrder
 from fastcure.engines.graphed import Graphed
+from fastcure.engines.loss_only import LossOnly
 from fastcure.engines.oracle import Reference
 from fastcure.engines.protocol import Engine, Evaluation
 
@@ -32,4 +33,4 @@ def engine_called(name: str) -> Engine:
     return ENGINES[name]
 
 
-__all__ = ["ENGINES", "Engine", "Evaluation", "engine_called"]
+__all__ = ["ENGINES", "Engine", "Evaluation", "LossOnly", "engine_called"]

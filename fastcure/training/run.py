@@ -122,6 +122,7 @@ class Run:
                 engine=engine,
                 batch_stats=settings.batch_stats,
                 loss_at=settings.loss_at,
+                fraction=settings.fraction,
                 microbatch=progress.microbatch,
             )
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastcure.checks import check_fraction
 from fastcure.curvature import BatchStats, LossAt, check_modes
 from fastcure.engines import ENGINES
 from fastcure.microbatch import check_parts
@@ -46,6 +47,7 @@ class Settings:
     power: int = setting(2, "2: squared norm; 1: norm.")
     batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
     loss_at: LossAt = setting("x", "'x', or 'step' for the loss at x + h z, as in `fastcure.curvature`.")
+    fraction: float = setting(1.0, "Share of each batch, in (0, 1], that has a penalty; the loss is of all of it.")
     engine: str = setting(
         "auto", f"{', '.join(ENGINES)}; 'auto' is 'eager' here, so that a resumed run is the same run."
     )
@@ -86,6 +88,7 @@ class Settings:
                 raise ValueError(f"{name} must be >= {low}, got {value}")
         check_modes(self.power, self.batch_stats, self.loss_at)
         check_parts(self.microbatch, self.batch_stats)
+        check_fraction(self.fraction)
         if self.batch_stats == "train" and self.engine not in ("auto", "eager", "reference"):
             raise ValueError(f"engine must be auto or eager with batch_stats='train', got {self.engine!r}")
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):

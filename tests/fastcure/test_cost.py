@@ -1,6 +1,7 @@
 """The arithmetic of a step, in forward passes F: counted, so the same on every machine."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def test_a_step(resnet: tuple, batch_stats: str, budget: float) -> None:
     cure = CURE(model, batch_stats=batch_stats)
     spent = flops(lambda: cure(x, y).total.backward()) / forward
     assert budget - 0.6 < spent <= budget
+
+
+@pytest.mark.parametrize(("options", "budget"), [({}, 7.6), ({"loss_at": "step"}, 8.6), ({"batch_stats": "split"}, 9.1)])
+def test_a_step_with_a_penalty_on_half_of_the_batch(resnet: tuple, options: dict[str, Any], budget: float) -> None:
+    model, x, y, forward = resnet
+    cure = CURE(model, fraction=0.5, **options)
+    assert budget - 0.4 < flops(lambda: cure(x, y).total.backward()) / forward <= budget
 
 
 def test_a_step_without_grad(resnet: tuple) -> None:

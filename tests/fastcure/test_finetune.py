@@ -164,6 +164,7 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--batch-stats", "batch"], "batch_stats must be one of frozen, split, train"),
         (["--loss-at", "fgsm"], "loss_at must be one of x, step, got 'fgsm'"),
         (["--loss-at", "step", "--batch-stats", "split"], "loss_at='step' must have batch_stats 'frozen' or 'train'"),
+        (["--fraction", "0"], "fraction must be in (0, 1], 1 for a penalty on every sample, got 0"),
         (["--h-unit", "px"], "h_unit must be one of l2, eps, got 'px'"),
         (["--batch-stats", "train", "--microbatch", "8"], "microbatch must be None with batch_stats='train'"),
         (["--batch-stats", "train", "--engine", "compile"], "engine must be auto or eager with batch_stats='train'"),

@@ -166,13 +166,13 @@ def test_first_order_in_float64(problem: Problem) -> None:
 
 
 @cases(10)
-@given(problems([torch.float64]), st.booleans(), st.integers(1, 3))
-def test_microbatches(problem: Problem, prepared: bool, microbatch: int) -> None:
+@given(problems([torch.float64]), st.booleans(), st.integers(1, 3), st.sampled_from([1.0, 0.6, 0.3]))
+def test_microbatches(problem: Problem, prepared: bool, microbatch: int, fraction: float) -> None:
     g = input_gradient(problem, problem.x)
     if ((g != 0) & (g.abs() < 1e-9)).any() or direction_and_condition(problem)[1] > 1e3:
         return  # a sign in z, or d, is rounding, which another batch size changes
     model = copy.deepcopy(problem.model).eval()
-    options = {"h": problem.options["h"], "power": problem.options["power"], "gamma": 2.0}
+    options = {"h": problem.options["h"], "power": problem.options["power"], "gamma": 2.0, "fraction": fraction}
     found = []
     for size in (None, microbatch):
         model.zero_grad()
