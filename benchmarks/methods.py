@@ -17,6 +17,7 @@ from fastcure_kernels import linf_start
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcure import CURE
 from fastcure.attacks import pgd
 from fastcure.engines import ENGINES
 from fastcure.objective import Objective, cross_entropy, evaluation_mode
@@ -50,7 +51,7 @@ class Recipe:
     noise: float = 0.0
     """Radius of the uniform noise from which the penalty starts, in eps."""
     fraction: float = 1.0
-    """Share of each batch, drawn at random, that has the penalty, divided by this share."""
+    """Share of each batch that has the penalty, as in `fastcure.CURE`."""
     every: int = 1
     """The penalty is there at each so many-th step, as many times as strong."""
     mix: float = 0.0
@@ -67,9 +68,10 @@ class Recipe:
             raise ValueError(f"batch_stats must be train, frozen or split, got {self.batch_stats!r}")
         if self.engine != "eager" and (self.mix or self.batch_stats == "train"):
             raise ValueError(f"engine={self.engine!r} needs mix=0 and frozen or split statistics, got {self}")
-        partial = self.every > 1 or (self.fraction < 1 and self.method != "cure+adversarial")
-        if partial and self.batch_stats != "frozen":
-            raise ValueError(f"a partial penalty needs batch_stats='frozen', got {self.batch_stats!r}")
+        if self.every > 1 and self.batch_stats != "frozen":
+            raise ValueError(f"a penalty at some steps needs batch_stats='frozen', got {self.batch_stats!r}")
+        if self.fraction < 1 and (self.every > 1 or self.mix not in (0, 1) or self.adaptive):
+            raise ValueError(f"a penalty on some samples is that of fastcure.CURE, which knows no {self}")
 
 
 class Moment(NamedTuple):
@@ -114,24 +116,29 @@ def cure(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment)
     """The curvature penalty, with the loss at x, at x + h z or between."""
     if recipe.noise:
         x = linf_start(x, recipe.noise * moment.eps, 0.0, 1.0, generator=moment.generator)
-    split, count = recipe.batch_stats == "split", len(x)
+    if recipe.every == 1 and recipe.mix in (0, 1) and not recipe.adaptive:
+        objective = CURE(
+            *(model, moment.h, moment.gamma),
+            power=recipe.power,
+            engine=recipe.engine,
+            batch_stats=recipe.batch_stats,  # type: ignore[arg-type]
+            loss_at="step" if recipe.mix else "x",
+            fraction=recipe.fraction,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the first-order engine says of kinks is what is measured here
+            out = objective(x, y)
+        out.total.backward()
+        return float(out.penalty.detach())
     if moment.step % recipe.every:
         return standard(model, x, y, recipe, moment)
-    if split:
-        standard(model, x, y, recipe, moment)
-    chosen = x, y
-    if recipe.fraction < 1:
-        some, rest = (part.to(x.device) for part in drawn(count, recipe, moment))
-        chosen = x[some], y[some]
-        with mode(model, recipe):
-            (cross_entropy(model(x[rest]), y[rest]).sum() / count).backward()
-    return penalise(model, *chosen, recipe, moment, count, w_loss=0.0 if split else 1.0)
+    return penalise(model, x, y, recipe, moment, len(x), w_loss=1.0)
 
 
 def cure_adversarial(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment) -> float:
     """Cross-entropy at adversarial points, and the curvature penalty at some x."""
     adversarial(model, x, y, recipe, moment)
-    some = drawn(len(x), recipe, moment)[0].to(x.device)
+    some = torch.randperm(len(x), generator=moment.generator)[: round(recipe.fraction * len(x))].to(x.device)
     return penalise(model, x[some], y[some], recipe, moment, len(x), w_loss=0.0)
 
 
@@ -181,12 +188,6 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, steps: int, moment: Moment)
     step_size = {0: 1.0, 1: RS_STEP}.get(steps, 2.5 / max(steps, 1)) * moment.eps
     start = {"random_start": steps > 0, "generator": moment.generator}
     return pgd(model, x, y, moment.eps, step_size, max(steps, 1), **start)
-
-
-def drawn(count: int, recipe: Recipe, moment: Moment) -> tuple[Tensor, ...]:
-    """Indices of the samples with the penalty, drawn at random, and of the others."""
-    some = round(recipe.fraction * count)
-    return torch.randperm(count, generator=moment.generator).split([some, count - some])
 
 
 def penalise(

@@ -32,14 +32,17 @@ from robustness_summary import summary
 from robustness_table import KEY, MAY_DIFFER, Row, Table
 
 GAMMAS = {
-    "CURE frozen": (1.0, 0.3),
+    "CURE frozen": (1.0, 0.3, 3.0),
     "CURE split": (1.0,),
-    "CURE train": (1.0, 0.3),
+    "CURE train": (1.0, 0.3, 3.0),
     "CURE at FGSM": (0.1, 0.3),
     "CURE at FGSM, train": (0.1, 0.3),
     "CURE at FGSM-RS, train": (0.1, 0.3),
     "CURE + FGSM-RS": (0.1, 0.3),
     "CURE/4 + FGSM-RS": (0.1, 0.3),
+    "CURE/4 train": (1.0, 0.3),
+    "CURE/4 at FGSM, train": (0.1, 0.3),
+    "CURE/4 at FGSM-RS, train": (0.1, 0.3),
     "input gradient": (1.0, 0.1),
     "TRADES-2": (3.0, 6.0),
     "CURE first order": (1.0, 0.3),
@@ -49,13 +52,13 @@ CPU = Sizes(
     Setting("fashion-mnist", "resnet8", 12 / 255, 3000, 500, 500, 64, 100),
     budgets=(17.0, 34.0, 85.0),
     normal_epochs=10,
-    rates=(3e-3, 1e-2),
+    rates=(3e-3, 1e-2, 3e-2),
     gammas=GAMMAS,
     steps=(0.5, 1.5),
     seeds=(1, 2),
 )
 CIFAR = dataclasses.replace(
-    CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255), steps=(), seeds=()
+    CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255, train=10000), steps=(), seeds=()
 )
 LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), seeds=(1,))
 SMOOTH = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, model="resnet8-gelu"), steps=(), seeds=(1,))

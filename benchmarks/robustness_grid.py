@@ -32,6 +32,9 @@ COST = {
     "CURE + FGSM-RS": 17.0,
     "CURE first order": 16.0,
     "CURE/4 + FGSM-RS": 8.0,
+    "CURE/4 train": 5.25,
+    "CURE/4 at FGSM, train": 6.75,
+    "CURE/4 at FGSM-RS, train": 6.75,
 }
 """F a sample, by which a budget is turned into epochs; a row has the counted one."""
 
@@ -51,6 +54,9 @@ KIND: dict[str, dict[str, Any]] = {
     "CURE + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1},
     "CURE/4 + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1, "fraction": 0.25},
     "CURE first order": {"method": "cure", "batch_stats": "frozen", "engine": "first_order"},
+    "CURE/4 train": {"method": "cure", "fraction": 0.25},
+    "CURE/4 at FGSM, train": {"method": "cure", "fraction": 0.25, "mix": 1.0},
+    "CURE/4 at FGSM-RS, train": {"method": "cure", "fraction": 0.25, "mix": 1.0, "noise": 1.0},
 }
 
 
@@ -88,31 +94,34 @@ class Study(Protocol):
         """Put a run under AutoAttack and the checklist, unless that is done."""
 
 
-MAIN = ("standard", "CURE frozen", "CURE train", "CURE at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
-OTHERS = (
-    *("CURE/4 + FGSM-RS", "CURE at FGSM-RS, train", "FGSM", "TRADES-2", "CURE split", "CURE at FGSM"),
-    *("CURE + FGSM-RS", "input gradient"),
+MAIN = (
+    *("standard", "CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM", "FGSM-RS"),
+    *("PGD-2", "PGD-7"),
 )
-CURVES = ("CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 + FGSM-RS", "FGSM-RS", "PGD-7")
-EXAMINED = ("CURE frozen", "CURE at FGSM, train", "FGSM-RS", "PGD-7")
-LONG = ("FGSM", "FGSM-RS", "CURE/4 + FGSM-RS", "CURE at FGSM, train", "CURE frozen", "PGD-7")
+OTHERS = (
+    *("CURE/4 train", "CURE/4 at FGSM-RS, train", "CURE at FGSM-RS, train", "CURE/4 + FGSM-RS", "TRADES-2"),
+    *("CURE split", "CURE at FGSM", "CURE + FGSM-RS", "input gradient"),
+)
+CURVES = ("CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
+EXAMINED = ("CURE frozen", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
+SCRATCH = ("CURE frozen", "CURE train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-7")
 
 
 def full(study: Study, sizes: Sizes) -> None:
     """Everything, the most telling first."""
     low, _, high = sizes.budgets
-    searched(study, (*MAIN, *OTHERS[:2]), sizes)
+    searched(study, MAIN, sizes)
     for budget in (high, low):
         for label in CURVES:
             study.run(at(study.best(label), budget), 0, "budget")
-    repeated(study, ("standard", *CURVES, "PGD-2"), sizes)
+    repeated(study, MAIN, sizes)
     for label in EXAMINED:
         study.examine(study.best(label), 0)
     for recipe in ablations(study.best("CURE frozen"), sizes):
         study.run(recipe, 0, "ablation")
     for label in ("PGD-7", "FGSM-RS"):
         study.run(replace(study.best(label), label=f"{label}, frozen", batch_stats="frozen"), 0, "ablation")
-    for label in ("CURE frozen", "CURE train", "FGSM-RS", "PGD-7"):
+    for label in SCRATCH:
         study.run(from_scratch(study.best(label), sizes), 0, "scratch")
     searched(study, OTHERS, sizes)
     study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
@@ -122,8 +131,8 @@ def full(study: Study, sizes: Sizes) -> None:
 
 def long(study: Study, sizes: Sizes) -> None:
     """The main methods, and the high budget, at which one-step training may overfit."""
-    searched(study, (*MAIN, *LONG), sizes)
-    for label in LONG:
+    searched(study, MAIN, sizes)
+    for label in ("FGSM", *CURVES):
         study.run(at(study.best(label), sizes.budgets[2]), 0, "budget")
     repeated(study, MAIN, sizes)
     for label in EXAMINED:

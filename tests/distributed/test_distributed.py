@@ -25,7 +25,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     "name",
     [
         "resnet8", "batch_norm-gelu-average", "attention", "shared", "reference", "power one", "every parameter used",
-        "unused", "partly frozen", "accumulated", "finetune on 7", "finetune on 1", "fully_shard, False",
+        "unused", "partly frozen", "fraction", "accumulated", "finetune on 7", "finetune on 1", "fully_shard, False",
         "fully_shard, True", "two backwards, no_sync", "fully_shard, False, two backwards",
         "fully_shard, True, two backwards",
     ],

@@ -111,6 +111,7 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
     for parameter in list(frozen.model.parameters())[:9]:
         parameter.requires_grad_(False)
     compare("partly frozen", frozen)
+    compare("fraction", case_of("resnet8"), fraction=0.5)
 
     case = case_of("resnet8")
 

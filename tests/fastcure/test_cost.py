@@ -34,7 +34,9 @@ def test_a_step(resnet: tuple, batch_stats: str, budget: float) -> None:
     assert budget - 0.6 < spent <= budget
 
 
-@pytest.mark.parametrize(("options", "budget"), [({}, 7.6), ({"loss_at": "step"}, 8.6), ({"batch_stats": "split"}, 9.1)])
+@pytest.mark.parametrize(
+    ("options", "budget"), [({}, 7.6), ({"loss_at": "step"}, 8.6), ({"batch_stats": "split"}, 9.1)]
+)
 def test_a_step_with_a_penalty_on_half_of_the_batch(resnet: tuple, options: dict[str, Any], budget: float) -> None:
     model, x, y, forward = resnet
     cure = CURE(model, fraction=0.5, **options)
