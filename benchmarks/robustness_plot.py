@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from robustness_summary import chosen, setting_of, title
+from robustness_summary import alike, chosen, setting_of, title
 from robustness_table import Row
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000"]
@@ -63,7 +63,7 @@ def curves(rows: list[Row]) -> dict[str, dict[float, list[float]]]:
     for label, best in chosen(rows).items():
         points = defaultdict(list)
         for row in rows:
-            if row is best or (row["label"] == label and row["stage"] in ("seed", "budget")):
+            if row is best or (row["stage"] in ("seed", "budget") and alike(row, best)):
                 points[float(row["compute"]) / int(row["train"])].append(float(row["pgd20x5"]))
         found[label] = dict(points)
     return found

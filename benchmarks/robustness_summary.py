@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
+from methods import Recipe
 from robustness_table import Row
 
 INTRODUCTION = """\
@@ -108,7 +109,12 @@ def chosen(rows: Iterable[Row]) -> dict[str, Row]:
 
 def repeated(rows: Iterable[Row], best: Row) -> list[Row]:
     """The row, and those of the same settings from other seeds."""
-    return [best, *(row for row in rows if row["stage"] == "seed" and row["label"] == best["label"])]
+    return [best, *(row for row in rows if row["stage"] == "seed" and alike(row, best))]
+
+
+def alike(row: Row, best: Row) -> bool:
+    """Whether two rows are of one recipe, seed and epochs apart."""
+    return all(row[name] == best[name] for name in Recipe.__dataclass_fields__ if name != "epochs")
 
 
 def equal_compute(rows: Sequence[Row]) -> list[str]:
@@ -128,7 +134,7 @@ def equal_compute(rows: Sequence[Row]) -> list[str]:
 def by_budget(rows: Iterable[Row], best: Row) -> dict[float, str]:
     """F an image, rounded to the preset's budgets -> PGD-20 x 5 and seconds."""
     found = {}
-    for row in (best, *(row for row in rows if row["stage"] == "budget" and row["label"] == best["label"])):
+    for row in (best, *(row for row in rows if row["stage"] == "budget" and alike(row, best))):
         spent = float(row["compute"]) / float(row["train"])
         budget = min((17.0, 34.0, 85.0, 255.0, 510.0), key=lambda b: abs(b - spent))
         found[budget] = f"{percent(row, 'pgd20x5')[0]} ({float(row['seconds']):.0f} s)"
