@@ -2,6 +2,7 @@
 
     python benchmarks/robustness.py                                     Fashion-MNIST, sized for one CPU core
     python benchmarks/robustness.py --preset large                      the same at twice the radius, a smaller grid
+    python benchmarks/robustness.py --preset collapse                   at four times: where one-step training collapses
     python benchmarks/robustness.py --preset smooth                     a network without kinks: exact or first order
     python benchmarks/robustness.py --preset cifar --cifar10-jpeg FILE  CIFAR-10 (JPEG), a smaller grid
     python benchmarks/robustness.py --preset gpu --dataset cifar10      ResNet-18, all images, the paper's budget
@@ -61,6 +62,11 @@ CIFAR = dataclasses.replace(
     CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255, train=10000), steps=(), seeds=()
 )
 LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), seeds=(1,))
+COLLAPSE = dataclasses.replace(
+    LARGE,
+    setting=dataclasses.replace(CPU.setting, eps=0.2),
+    gammas=GAMMAS | {"CURE at FGSM, train": (0.3, 1.0, 0.1), "CURE/4 at FGSM, train": (0.3, 1.0, 0.1)},
+)
 SMOOTH = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, model="resnet8-gelu"), steps=(), seeds=(1,))
 GPU = Sizes(
     Setting("cifar10", "resnet18", 8 / 255, 0, 1000, 10000, 128, 1000),
@@ -83,6 +89,7 @@ TINY = Sizes(
 PRESETS = {
     "cpu": (CPU, full),
     "large": (LARGE, long),
+    "collapse": (COLLAPSE, long),
     "smooth": (SMOOTH, smooth),
     "cifar": (CIFAR, few),
     "gpu": (GPU, full),

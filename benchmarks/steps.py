@@ -7,6 +7,7 @@ method trains in it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,13 @@ def compiled_standard() -> Step:
     return step
 
 
-def cure(engine: str = "auto", batch_stats: str = "frozen") -> Step:
-    """Return a step of ours."""
+def cure(engine: str = "auto", batch_stats: str = "frozen", **options: Any) -> Step:
+    """Return a step of ours; `options` as in `fastcure.CURE`."""
 
     def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
         model.train()
         model.zero_grad()
-        CURE(model, H, GAMMA, engine=engine, batch_stats=batch_stats)(x, y).total.backward()
+        CURE(model, H, GAMMA, engine=engine, batch_stats=batch_stats, **options)(x, y).total.backward()
 
     return step
 
@@ -94,6 +95,8 @@ STEPS: dict[str, Step] = {
     "cure, auto (ours)": cure(),
     "cure, split (ours)": cure("eager", "split"),
     "cure, train (ours)": cure("eager", "train"),
+    "cure, train, 1/4 (ours)": cure("eager", "train", fraction=0.25),
+    "cure, train, 1/4, at step": cure("eager", "train", fraction=0.25, loss_at="step"),
     "cure, oracle": cure("reference"),
     "cure, published schedule": published,
     "fgsm-rs": adversarial(1, step_size=10 / 255),
