@@ -135,7 +135,8 @@ class CURE(nn.Module):
         whole = ModelWithLoss(model, self.loss_fn)(x, y) if self.batch_stats == "split" else None
         h = self.h if isinstance(self.h, Tensor) and self.h.dim() else None
 
-        def part(samples: slice, *, penalised: bool, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
+        def part(penalised: bool, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
+            samples = slice(some) if penalised else slice(some, None)
             engine, evaluation = evaluate(
                 *(model, x[samples], y[samples], self.h if h is None else h[samples]),
                 loss_fn=self.loss_fn,
@@ -148,12 +149,13 @@ class CURE(nn.Module):
             )
             return evaluation.logits, *attach(engine, evaluation)
 
-        logits, loss, penalty = part(slice(some), penalised=True, moves=some >= rest)
-        if whole is None:
-            others = part(slice(some, None), penalised=False, moves=some < rest)
-            logits, loss = torch.cat([logits, others[0]]), torch.cat([loss, others[1]])
+        if whole is None:  # the part that moves statistics comes last: nothing may fail after it
+            order = (True, False) if some <= rest else (False, True)
+            parts = {penalised: part(penalised, moves=penalised == order[1]) for penalised in order}
+            logits, loss = (torch.cat([parts[True][i], parts[False][i]]) for i in (0, 1))
+            penalty = parts[True][2]
         else:
-            logits, loss = whole[0].detach(), whole[1]
+            logits, loss, penalty = whole[0].detach(), whole[1], part(True, moves=False)[2]
         loss, penalty = sent_backward_once(loss.mean(), penalty.mean())
         return CUREOutput(loss + self.gamma * penalty, loss, penalty, logits)
 
