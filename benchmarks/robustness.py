@@ -59,7 +59,11 @@ CPU = Sizes(
     seeds=(1, 2),
 )
 CIFAR = dataclasses.replace(
-    CPU, setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255, train=10000), steps=(), seeds=()
+    CPU,
+    setting=dataclasses.replace(CPU.setting, dataset=JPEG, eps=8 / 255, train=10000),
+    rates=(3e-3, 1e-2),
+    steps=(),
+    seeds=(1,),
 )
 LARGE = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, eps=0.1), seeds=(1,))
 COLLAPSE = dataclasses.replace(

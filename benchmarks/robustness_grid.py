@@ -147,10 +147,11 @@ def smooth(study: Study, sizes: Sizes) -> None:
 
 
 def few(study: Study, sizes: Sizes) -> None:
-    """The main methods, once: searched and examined."""
+    """The main methods at one budget."""
     searched(study, MAIN, sizes)
     for label in EXAMINED:
         study.examine(study.best(label), 0)
+    repeated(study, MAIN, sizes)
 
 
 def searched(study: Study, labels: Sequence[str], sizes: Sizes) -> None:

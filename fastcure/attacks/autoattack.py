@@ -95,7 +95,8 @@ def autoattack(
             )
             run.apgd.n_restarts = run.fab.n_restarts = 1  # as the package's standard version has it
             run.apgd_targeted.n_target_classes = run.fab.n_target_classes = min(9, classes - 1)
-            x_adv, _ = run.run_standard_evaluation(x.detach().float(), hard_labels(y), batch_size=batch_size)
+            images = x.detach().float().contiguous()  # the package views gradients, which have their layout
+            x_adv, _ = run.run_standard_evaluation(images, hard_labels(y), batch_size=batch_size)
     return torch.where(x_adv == x.float(), x.detach(), x_adv.to(x.dtype))
 
 

@@ -32,6 +32,19 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((model(x).argmax(1) == y).double().mean())
 
 
+@pytest.mark.parametrize(("norm", "attack"), [("linf", "apgd-ce"), ("linf", "apgd-t"), ("l2", "fab-t")])
+def test_networks_and_images_in_channels_last(norm: str, attack: str) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)).eval()
+    x = torch.rand(6, 3, 6, 6)
+    y = model(x).argmax(1)
+    plain = autoattack(model, x, y, 0.5, norm, attacks=(attack,), generator=generator())
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = x.contiguous(memory_format=torch.channels_last)
+    adv = autoattack(model, last, y, 0.5, norm, attacks=(attack,), generator=generator())
+    assert accuracy(model, adv, y) == accuracy(model, plain, y) < 1
+
+
 @pytest.mark.parametrize("classes", [2, 3, 4, 12])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.25)])
 def test_is_no_weaker_than_pgd(
