@@ -21,7 +21,7 @@ from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
 from fastcure.training.finetune import environment, limited, pick_device
 from fastcure.training.run_folder import RunFolder, load_weights
-from fastcure.training.schedule import parse_schedule
+from fastcure.training.settings import step_lengths
 
 PAPER = [
     ["paper, SVHN, ResNet-18: normal training", "96.3 %", "0.9 %"],
@@ -120,7 +120,7 @@ def _measure(
         [row["model"], *(f"{row[key]:.3g} ± {row[f'{key}_standard_error']:.2g}" for key in ("frobenius", "along_z"))]
         for row in norms
     ]
-    profiles = measures.profiles(subjects, images, _last_h(config), _bar)
+    profiles = measures.profiles(subjects, images, _last_h(config, images.x[0].numel()), _bar)
     sections.append(
         Section(
             "Figure 1: curvature",
@@ -233,9 +233,10 @@ def _config(run: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _last_h(config: dict[str, Any]) -> float:
-    """Return the h that fine-tuning ended with."""
-    return parse_schedule("h", config["h"], config["epochs"]).at(config["epochs"])
+def _last_h(config: dict[str, Any], values: int) -> float:
+    """Return the L2 length of the finite step that fine-tuning ended with, on images of so many values."""
+    unit, epochs = config.get("h_unit", "l2"), config["epochs"]
+    return step_lengths(config["h"], unit, epochs, config["eps"], values).at(epochs)
 
 
 def _short_names(runs: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure import CURE, eps_to_h
+from fastcure import CURE
 from fastcure.accuracy import right
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation
@@ -23,7 +23,7 @@ from fastcure.training.interrupt import Interrupted, Interruption
 from fastcure.training.optimizer import adam, load_optimizer, optimizer_tensors
 from fastcure.training.ranks import Ranks
 from fastcure.training.run_folder import RunFolder
-from fastcure.training.settings import Settings
+from fastcure.training.settings import Settings, step_lengths
 from fastcure.training.tally import EpochResult, Tally
 from fastcure.training.track import track_row
 
@@ -112,10 +112,10 @@ class Run:
         cured = progress.phase == "cure"
         self._clock = time.perf_counter() - progress.seconds.get(progress.phase, 0.0)
         if cured:
-            schedules = {name: settings.schedule(name) for name in ("lr", "gamma", "h")}
+            schedules = {name: settings.schedule(name) for name in ("lr", "gamma")}
+            values = self.x_test[0].numel()
+            schedules["h"] = step_lengths(settings.h, settings.h_unit, settings.epochs, settings.eps, values)
             engine = "eager" if settings.engine == "auto" else settings.engine
-            if settings.h_unit == "eps":
-                schedules["h"] = schedules["h"].times(eps_to_h(max(settings.eps), self.x_test[0].numel()))
             objective: CURE | Normal = CURE(
                 self.model,
                 power=settings.power,

@@ -237,6 +237,7 @@ def test_presets_of_the_study_run_on_any_data(npz: Path, tmp_path: Path, preset:
     assert main(["finetune", *flags, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     used = read(tmp_path / "out", "config.json")
     assert (used["preset"], used["loss_at"], used["batch_stats"], used["h_unit"]) == (preset, "step", "train", "eps")
+    assert used["fraction"] == 0.25
     assert float(history(tmp_path / "out")[-1]["h"]) == pytest.approx(0.1 * 192**0.5)
 
 

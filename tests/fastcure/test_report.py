@@ -1,5 +1,6 @@
 """`fastcure analyze` and `fastcure report` on a small run, and the track that figure 3 is drawn from."""
 
+import contextlib
 import csv
 import json
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from fastcure.cli import main
+from fastcure.report import measures
 from fastcure.report.page import Html, table
 
 FIGURES = ["figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds"]
@@ -89,6 +91,21 @@ def test_the_report_of_two_runs(runs: Path) -> None:
     assert found["tracked", 0.1] == metrics["after"]["pgd"]["0.1"]
     assert found["tracked", 0.0] == metrics["after"]["clean"]
     assert main(["report", str(runs / "plain"), "--out", str(out)]) == 2  # holds something
+
+
+def test_figure_1_takes_the_step_of_training(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    for flags in (["--h", "0.5"], ["--h", "0.5:2", "--h-unit", "eps"]):
+        finetune(runs / "grey.npz", tmp_path / flags[-1], *flags)
+
+        def profiles(subjects: object, images: object, h: float, bar: object) -> None:
+            lengths.append(h)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(measures, "profiles", profiles)
+        with contextlib.suppress(KeyboardInterrupt):
+            main(["report", str(tmp_path / flags[-1]), "--out", str(tmp_path / f"report {flags[-1]}")])
+    assert lengths == pytest.approx([0.5, 2 * 0.1 * 6])
 
 
 def test_an_analysis(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
