@@ -24,7 +24,10 @@ def setting(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that determines a run. Numbers that may change during it are schedules, see `parse_schedule`."""
+    """All that determines a run. Numbers that may change during it are schedules, see `parse_schedule`.
+
+    The defaults are CURE with what docs/study.md found to serve it.
+    """
 
     dataset: str = setting("digits", "digits, fashion-mnist, svhn, cifar10, npz:PATH or hf:OWNER/NAME.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
@@ -40,11 +43,11 @@ class Settings:
     microbatch: int | None = setting(
         None, "Images of a step of CURE at a time, in each process: less memory; found by itself when memory runs out."
     )
-    lr: str = setting("1e-3:1e-5", "Learning rate (Adam).")
-    gamma: str = setting("4x50%,8x25%,12x25%", "Weight of the penalty.")
-    h: str = setting("1.25", "Length of the finite step.")
+    lr: str = setting("0:1e-2x10%,1e-2:1e-4", "Learning rate (Adam); large networks want less, 1e-4 in the paper.")
+    gamma: str = setting("0:1x50%,1", "Weight of the penalty.")
+    h: str = setting("1", "Length of the finite step.")
     h_unit: str = setting(
-        "l2", "Of h: 'l2', its L2 length, pixels in [0, 1]; or 'eps', FGSM steps of the largest --eps."
+        "eps", "Of h: 'eps', FGSM steps of the largest --eps; or 'l2', its L2 length, pixels in [0, 1]."
     )
     power: int = setting(2, "2: squared norm; 1: norm.")
     batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
@@ -123,6 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": "0:5e-3x5%,5e-3:1e-5",
         "gamma": "0:0.4x30%,0.4",
         "h": "1.25",
+        "h_unit": "l2",
         "batch_stats": "train",
         "augment": False,
         "track": 100,
@@ -157,6 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": "1e-4:1e-6",
         "gamma": "4x50%,8x25%,12x25%",
         "h": "1.25",
+        "h_unit": "l2",
     },
 }
 
