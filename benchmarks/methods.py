@@ -70,6 +70,8 @@ class Recipe:
             raise ValueError(f"engine={self.engine!r} needs mix=0 and frozen or split statistics, got {self}")
         if self.every > 1 and self.batch_stats != "frozen":
             raise ValueError(f"a penalty at some steps needs batch_stats='frozen', got {self.batch_stats!r}")
+        if self.fraction < 1 and "cure" not in self.method:
+            raise ValueError(f"fraction must be 1 for a method without curvature penalty, got {self}")
         if self.fraction < 1 and (self.every > 1 or self.mix not in (0, 1) or self.adaptive):
             raise ValueError(f"a penalty on some samples is that of fastcure.CURE, which knows no {self}")
 
@@ -138,7 +140,7 @@ def cure(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment)
 def cure_adversarial(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment) -> float:
     """Cross-entropy at adversarial points, and the curvature penalty at some x."""
     adversarial(model, x, y, recipe, moment)
-    some = torch.randperm(len(x), generator=moment.generator)[: round(recipe.fraction * len(x))].to(x.device)
+    some = torch.randperm(len(x), generator=moment.generator)[: max(1, round(recipe.fraction * len(x)))].to(x.device)
     return penalise(model, x[some], y[some], recipe, moment, len(x), w_loss=0.0)
 
 

@@ -43,14 +43,15 @@ class CURE(nn.Module):
         fraction: share of each batch that has a penalty, in (0, 1]: its first samples, so shuffle. Their mean estimates
             that of the batch without bias, and gamma means the same. A step costs 3 + 9 `fraction` forward passes
             (5 + 7 `fraction` with the loss at the step, 3 + 12 `fraction` with "split"). With "train" the two parts
-            are normalised apart, and buffers change by the larger one.
+            are normalised apart, neither of less than two samples, and buffers change by the larger one.
         microbatch: evaluate this many samples at a time: the same numbers, with the memory of so many. The gradients of
             `total` are then computed in the forward and only scaled in the backward; `loss` and `penalty` are
             detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided; with
             "train", where samples depend on each other, nothing can be.
 
     Raises:
-        ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when `h` or `gamma` is set.
+        ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when one of the first three is
+            set.
     """
 
     def __init__(
@@ -74,12 +75,11 @@ class CURE(nn.Module):
         if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
             raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
         check_parts(microbatch, batch_stats)
-        check_fraction(fraction)
-        self.microbatch, self.fraction = microbatch, fraction
+        self.microbatch = microbatch
         self.model = model
         self.loss_fn = loss_fn
         self.power, self.engine, self.batch_stats, self.loss_at = power, engine, batch_stats, loss_at
-        self.h, self.gamma = h, gamma
+        self.h, self.gamma, self.fraction = h, gamma, fraction
 
     @property
     def h(self) -> float | Tensor:
@@ -103,6 +103,16 @@ class CURE(nn.Module):
             raise ValueError(f"gamma must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
         self._gamma = value
 
+    @property
+    def fraction(self) -> float:
+        """Share of each batch that has a penalty."""
+        return self._fraction
+
+    @fraction.setter
+    def fraction(self, value: float) -> None:
+        check_fraction(value)
+        self._fraction = float(value)
+
     def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
         if self.microbatch is not None and self.microbatch < len(x):
@@ -125,8 +135,10 @@ class CURE(nn.Module):
         return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
 
     def _penalised(self, x: Tensor) -> int:
-        """Return how many samples have a penalty: at least one."""
-        return max(1, round(self.fraction * len(x))) if self.fraction < 1 else len(x)
+        """Return how many samples have a penalty, of which and of the others are enough for batch norms."""
+        least = 2 if self.batch_stats == "train" else 1
+        some = max(least, round(self.fraction * len(x)))
+        return some if self.fraction < 1 and (least == 1 or some + least <= len(x)) else len(x)
 
     def _on_some(self, x: Tensor, y: Tensor, some: int) -> CUREOutput:
         """The penalty of the first samples, and the loss of all."""

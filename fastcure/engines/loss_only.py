@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastcure.engines.eager import second_point
-from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
+from fastcure.engines.graph import Graph, GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
-from fastcure.objective import Objective
+from fastcure.objective import Objective, evaluation_mode
 
 
-class LossOnly(GraphEngine):
+class State(NamedTuple):
+    """A graph, and whose it is."""
+
+    objective: Objective
+    graph: Graph
+
+
+class LossOnly:
     """3 F where the loss is at x, 5 F at x + h z. Not one of `ENGINES`: its penalty is 0."""
 
     def forward(
@@ -28,10 +37,23 @@ class LossOnly(GraphEngine):
     ) -> Evaluation:
         """One pass, or two with an input gradient between them. `power` is without effect."""
         point = x.detach().requires_grad_(stepped)
-        with twice_differentiable():
+        with twice_differentiable(), torch.set_grad_enabled(differentiable or stepped):
             logits, loss = objective(point, y)
             if stepped:
                 (g,) = torch.autograd.grad(loss.sum(), point)
-                _, loss = objective(second_point(x.detach(), g, h, direction), y)
+                step = second_point(x.detach(), g, h, direction)
+                with torch.set_grad_enabled(differentiable):
+                    _, loss = objective(step, y)
         found = objective.leaves(loss, inputs=(point,)) if differentiable else []
-        return evaluation(logits, loss, torch.zeros_like(loss), found)
+        made = evaluation(logits, loss, torch.zeros_like(loss), found)
+        return made._replace(state=State(objective, made.state))
+
+    def backward(
+        self, state: State, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiate the weighted loss; what activation checkpointing recomputes here, in evaluation mode."""
+        with evaluation_mode(state.objective.module):
+            return _graph.backward(state.graph, w_loss, w_penalty, retain=retain)
+
+
+_graph = GraphEngine()

@@ -8,6 +8,7 @@ import torch
 from networks import NETWORKS, Case, make, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, CUREOutput, curvature
 from fastcure.engines import ENGINES
@@ -155,6 +156,87 @@ def test_a_gradient_that_the_rest_would_lose_is_an_error() -> None:
 def test_what_is_no_share_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], 1 for a penalty on every sample, got"):
         CURE(nn.Linear(2, 2), fraction=fraction)
+
+
+def test_it_may_be_set_as_h_and_gamma_may() -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=12)
+    cure = CURE(case.model, H, GAMMA)
+    cure.fraction = 0.5
+    torch.testing.assert_close(cure(case.x, case.y).total, CURE(case.model, H, GAMMA, fraction=0.5)(*case[1:]).total)
+    with pytest.raises(ValueError, match="fraction must be in"):
+        cure.fraction = 2
+    assert "fraction=0.5" in repr(cure)
+
+
+@pytest.mark.parametrize(("batch", "some"), [(1, 1), (3, 3), (4, 2), (5, 2), (16, 4)])
+def test_in_training_mode_no_part_is_too_small_for_a_batch_norm(batch: int, some: int) -> None:
+    torch.manual_seed(13)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.rand(batch, 3, dtype=torch.float64), torch.arange(batch) % 2
+    if batch == 1:
+        model.eval()
+    out = CURE(model, H, GAMMA, batch_stats="train", fraction=0.25)(x, y)
+    truth = curvature(model, x[:some], y[:some], H, batch_stats="train", engine="reference")
+    torch.testing.assert_close(out.penalty.detach(), truth.penalty.mean().detach())
+
+
+class FailsAt(nn.Module):
+    """Raises in the n-th pass through it."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.left = passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if not self.left:
+            raise ZeroDivisionError
+        return x
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.75])
+@pytest.mark.parametrize("passes", [1, 2, 3, 4])
+def test_a_pass_that_fails_leaves_buffers_and_flags(passes: int, fraction: float) -> None:
+    torch.manual_seed(14)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), FailsAt(passes), nn.Linear(4, 2)).double()
+    before = [buffer.clone() for buffer in model.buffers()]
+    cure = CURE(model, batch_stats="train", loss_at="step", fraction=fraction)
+    with pytest.raises(ZeroDivisionError):
+        cure(torch.rand(8, 3, dtype=torch.float64), torch.arange(8) % 2)
+    assert all(map(torch.equal, before, model.buffers()))
+    assert all(module.training for module in model.modules())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_what_checkpointing_recomputes_is_in_evaluation_mode() -> None:
+    torch.manual_seed(15)
+    inner = nn.Sequential(nn.Linear(5, 6), nn.Softplus(), nn.Dropout(), nn.Linear(6, 4)).double()
+    x, y = torch.rand(8, 5, dtype=torch.float64), torch.arange(8) % 4
+    case = Case(nn.Sequential(Checkpointed(inner), nn.Softplus(), nn.Linear(4, 4).double()), x, y)
+    _, gradients, _ = step(case, engine="first_order", fraction=0.25)
+    plain = Case(nn.Sequential(inner, *case.model[1:]), x, y)  # type: ignore[index]
+    assert relative(gradients, step(plain, engine="first_order", fraction=0.25)[1]) < 1e-9
+
+
+def test_without_grad_the_rest_keeps_no_graph() -> None:
+    kept: list[Tensor] = []
+
+    def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
+        kept.append(logits)
+        return F.cross_entropy(logits, y, reduction="none")
+
+    case = make(NETWORKS["mlp-softplus"], 8, seed=16)
+    with torch.no_grad():
+        CURE(case.model, loss_fn=loss_fn, fraction=0.25, microbatch=2)(case.x, case.y)
+    assert not kept[-1].requires_grad
 
 
 def test_bad_lengths_are_named_as_of_the_whole_batch() -> None:
