@@ -134,7 +134,8 @@ def equal_compute(rows: Sequence[Row]) -> list[str]:
 def by_budget(rows: Iterable[Row], best: Row) -> dict[float, str]:
     """F an image, rounded to the preset's budgets -> PGD-20 x 5 and seconds."""
     found = {}
-    for row in (best, *(row for row in rows if row["stage"] == "budget" and alike(row, best))):
+    its = (row for row in rows if row["stage"] == "budget" and row["seed"] == best["seed"] and alike(row, best))
+    for row in (best, *its):
         spent = float(row["compute"]) / float(row["train"])
         budget = min((17.0, 34.0, 85.0, 255.0, 510.0), key=lambda b: abs(b - spent))
         found[budget] = f"{percent(row, 'pgd20x5')[0]} ({float(row['seconds']):.0f} s)"
