@@ -132,8 +132,9 @@ def full(study: Study, sizes: Sizes) -> None:
 def long(study: Study, sizes: Sizes) -> None:
     """The main methods, and the high budget, at which one-step training may overfit."""
     searched(study, MAIN, sizes)
-    for label in ("FGSM", *CURVES):
-        study.run(at(study.best(label), sizes.budgets[2]), 0, "budget")
+    for seed in (0, *sizes.seeds):
+        for label in ("FGSM", *CURVES):
+            study.run(at(study.best(label), sizes.budgets[2]), seed, "budget")
     repeated(study, MAIN, sizes)
     for label in EXAMINED:
         study.examine(study.best(label), 0)

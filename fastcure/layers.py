@@ -124,7 +124,7 @@ def cheaper_layers(
             forwards[module] = _convolution(module, phase)
         elif type(module) in NORMS and (has_statistics(module) or module.training) and plain(module):
             forwards[module] = _batch_norm(module, phase)
-        elif type(module) in INSTANCE_NORMS and not has_statistics(module) and plain(module):
+        elif type(module) in INSTANCE_NORMS and plain(module):
             forwards[module] = _instance(module)
     try:
         for module, forward in forwards.items():
@@ -208,12 +208,14 @@ def _batch_norm(norm: nn.Module, phase: Phase) -> Callable[[Tensor], Tensor]:
 
 def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
     """One image by plain operators: channels last, torch's double backward of it is wrong (torch 2.13, CPU)."""
-    original = type(norm).forward
+    original, by_statistics = type(norm).forward, _batch_norm(norm, Phase())
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         wide = input.dtype in (torch.float32, torch.float64)
         if input.dim() != norm._get_no_batch_dim() + 1 or len(input) != 1 or not wide:
             return original(norm, input)
+        if has_statistics(norm):
+            return original(norm, input) if norm.training else by_statistics(input)
         pixels = [*range(2, input.dim())]
         centred = input - input.mean(pixels, keepdim=True)
         out = centred * torch.rsqrt(centred.square().mean(pixels, keepdim=True) + norm.eps)

@@ -296,10 +296,12 @@ def test_microbatches_free_their_gradients(case: Case) -> None:
         total.backward()
 
 
-def test_instance_norms_of_one_image() -> None:
+@pytest.mark.parametrize("statistics", [False, True])
+def test_instance_norms_of_one_image(statistics: bool) -> None:
     """Where torch 2.13's own double backward is wrong: one image, channels last."""
     torch.manual_seed(0)
-    layers = nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=statistics)
+    layers = nn.Conv2d(2, 4, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)
     model = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.rand(1, 2, 6, 6).double().contiguous(memory_format=torch.channels_last)
     y, found = torch.tensor([1]), []
