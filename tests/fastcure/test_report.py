@@ -95,7 +95,7 @@ def test_the_report_of_two_runs(runs: Path) -> None:
 
 def test_figure_1_takes_the_step_of_training(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    for flags in (["--h", "0.5"], ["--h", "0.5:2", "--h-unit", "eps"]):
+    for flags in (["--h", "0.5", "--h-unit", "l2"], ["--h", "0.5:2", "--h-unit", "eps"]):
         finetune(runs / "grey.npz", tmp_path / flags[-1], *flags)
 
         def profiles(subjects: object, images: object, h: float, bar: object) -> None:
