@@ -69,10 +69,11 @@ def extremes(
         noise = (projected - projected.mT).flatten(1).norm(dim=1) * N**0.5 / m
         settled = bool((error <= torch.maximum(tolerance * scale, 2 * noise)).all())
         if m >= sum(ends) and (settled or products >= 4 * N):
-            if bool((error > max(tolerance, 1e-3) * scale).any()):
+            uncertain = error > max(tolerance, 1e-3) * scale
+            if bool(uncertain.any()):
                 warnings.warn(
-                    f"eigenvalues are uncertain by up to {float((error / scale).max()):.0e} of the largest, after "
-                    f"{products} products: use float64 weights and images",
+                    f"eigenvalues are uncertain by up to {float((error / scale)[uncertain].max()):.0e} of the largest, "
+                    f"after {products} products: use float64 weights and images",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -8,7 +8,7 @@ from fastcure.cli import main
 
 COMPARED = ("model.safetensors", "original.safetensors", "history.csv", "metrics.json")
 FILES = ["config.json", "curves.png", "environment.json", *COMPARED]
-SMALL = "--pretrain-epochs 1 --epochs 2 --batch-size 20 --eps 0.1 --gamma 0.1 --device cpu".split()
+SMALL = "--pretrain-epochs 1 --epochs 2 --batch-size 20 --eps 0.1 --lr 1e-3:1e-5 --gamma 0.1 --device cpu".split()
 
 
 def write_npz(path: Path, seed: int = 0) -> Path:
