@@ -68,6 +68,8 @@ class Recipe:
             raise ValueError(f"batch_stats must be train, frozen or split, got {self.batch_stats!r}")
         if self.engine != "eager" and (self.mix or self.batch_stats == "train"):
             raise ValueError(f"engine={self.engine!r} needs mix=0 and frozen or split statistics, got {self}")
+        if self.batch_stats == "split" and (self.mix or self.adaptive):
+            raise ValueError(f"batch_stats='split' needs mix=0 and a gamma that is not adaptive, got {self}")
         if self.every > 1 and self.batch_stats != "frozen":
             raise ValueError(f"a penalty at some steps needs batch_stats='frozen', got {self.batch_stats!r}")
         if self.fraction < 1 and "cure" not in self.method:

@@ -118,6 +118,8 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         Recipe("", "cure", 1, "1", every=2)
     with pytest.raises(ValueError, match=r"a penalty on some samples is that of fastcure.CURE, which knows no Recipe"):
         Recipe("", "cure", 1, "1", fraction=0.5, mix=0.5)
+    with pytest.raises(ValueError, match="batch_stats='split' needs mix=0"):
+        Recipe("", "cure", 1, "1", batch_stats="split", mix=0.5)
     assert "trades" in METHODS
 
 
