@@ -132,8 +132,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "track": 100,
         "eps": (0.025, 0.05, 0.075, 0.1),
     },
-    # More robust than PGD-7 adversarial training at equal arithmetic, on Fashion-MNIST up to eps 0.1 (docs/study.md, where
-    # these are two of the budgets). Not the paper's: the loss is at the FGSM point, and a quarter has a penalty.
+    # More robust than PGD-7 adversarial training at equal arithmetic, on Fashion-MNIST up to eps 0.1 (two budgets of
+    # docs/study.md). Not the paper's: the loss is at the FGSM point, and a quarter has a penalty.
     **{
         name: {
             "model": "resnet8",
