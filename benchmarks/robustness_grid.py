@@ -104,7 +104,7 @@ OTHERS = (
 )
 CURVES = ("CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
 EXAMINED = ("CURE frozen", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
-SCRATCH = ("CURE frozen", "CURE train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-7")
+SCRATCH = (*MAIN, "CURE split", "input gradient", "PGD-10")
 
 
 def full(study: Study, sizes: Sizes) -> None:
@@ -117,14 +117,14 @@ def full(study: Study, sizes: Sizes) -> None:
     repeated(study, MAIN, sizes)
     for label in EXAMINED:
         study.examine(study.best(label), 0)
-    for recipe in ablations(study.best("CURE frozen"), sizes):
+    for recipe in (*ablations(study.best("CURE frozen"), sizes), *shares(study.best("CURE/4 at FGSM, train"), sizes)):
         study.run(recipe, 0, "ablation")
     for label in ("PGD-7", "FGSM-RS"):
         study.run(replace(study.best(label), label=f"{label}, frozen", batch_stats="frozen"), 0, "ablation")
-    for label in SCRATCH:
-        study.run(from_scratch(study.best(label), sizes), 0, "scratch")
     searched(study, OTHERS, sizes)
     study.run(at(replace(study.best("PGD-7"), label="PGD-10", steps=10), sizes.budgets[1]), 0, "search")
+    for label in SCRATCH:
+        study.run(from_scratch(study.best(label), sizes), 0, "scratch")
     for label in (*MAIN, *OTHERS, "PGD-10"):
         study.examine(study.best(label), 0)
 
@@ -220,6 +220,13 @@ def ablations(best: Recipe, sizes: Sizes) -> list[Recipe]:
     return [
         at(replace(best, label=f"CURE: {name}", **change), sizes.budgets[1], cost.get(name, 12.0))
         for name, change in changes.items()
+    ]
+
+
+def shares(best: Recipe, sizes: Sizes) -> list[Recipe]:
+    """The penalty on other shares of each batch than a quarter, with the loss at the FGSM point."""
+    return [
+        at(replace(best, label=f"CURE/{n} at FGSM, train", fraction=1 / n), sizes.budgets[1], 5 + 7 / n) for n in (8, 2)
     ]
 
 
