@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of its own, made on first use. PYTHON chooses the interpreter (>= 3.11).
 PYTHON ?= python3
 VENV   ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 SEED   ?= 0
 FUZZ   ?= 15
@@ -43,7 +44,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
 	$(KEEP) $(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" --benchmark-disable-gc -W default
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
