@@ -16,22 +16,24 @@ OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(KEEP) $(BIN)/fastcure finetune --preset digits --seed $(SEED) --out $(OUT)
 
+# Kernels run on the CPU first, in triton's interpreter; then, where there is a GPU, on it.
 test: lint
-	$(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m gpu
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 # Two processes on this machine, alone.
 test-distributed: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 # Random cases, other ones each time: FUZZ times as many as in `make test`. FUZZ_SEED repeats them.
 fuzz: $(VENV)/installed
-	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
+	CUDA_VISIBLE_DEVICES= FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
 		tests/fastcure/test_properties.py tests/fastcure_kernels/test_kernel_properties.py
 
 # Long runs, damaged files, and training runs that are killed and resumed.
 soak: $(VENV)/installed
-	FUZZ=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
+	CUDA_VISIBLE_DEVICES= FUZZ=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
 		tests/fastcure/test_leaks.py tests/fastcure/test_untrusted_files.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_and_resume.py --kills 20
 

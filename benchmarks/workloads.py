@@ -45,6 +45,16 @@ class Workload(NamedTuple):
             yield
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions in full float32: the rounding of TF32 moves so many kinks that no two ways agree."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 CPU = [Workload("resnet8", 128), Workload("resnet18", 16), Workload("vit", 32)]
 CUDA = [
     Workload(model, batch, amp)

@@ -136,4 +136,5 @@ def _backward(
     w: Tensor, x: Tensor, weight: Tensor | None, m: Tensor, r: Tensor, eps: float, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return `q`, `sum(w xh)` and `sum(w)`, each if wanted."""
+    weight = torch.ones_like(m) if weight is None else weight  # without one torch has no sums on a GPU
     return torch.ops.aten.native_batch_norm_backward(w, x, weight, None, None, m, r, True, eps, wanted)

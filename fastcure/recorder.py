@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -38,23 +39,28 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = _stream(torch.cuda.current_device())
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Run `work` twice on a side stream."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """Run `work` twice on the stream of the capture: autograd's nodes of parameters remember their first one."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(2):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Work) -> tuple[Tensors, Callable[[], object]]:
         """Capture `work`."""
         graph = torch.cuda.CUDAGraph()
         # Other threads (a loader that pins memory) may go on allocating.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             results = work()
         return results, graph.replay
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Captures(Generic[Capture]):

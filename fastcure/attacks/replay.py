@@ -38,10 +38,11 @@ class ReplayedSteps:
             x, y: images and labels.
             step, eps: step size and radius, a number or `(B,)`.
         """
-        captured = self._captures.find(
-            *(objective, x, y, (settings,)), lambda: _Step(self.recorder(), objective, move, x, y)
-        )
-        return captured.around(objective, x, y, step, eps)
+        with torch.cuda.device_of(x):  # it need not be the current one
+            captured = self._captures.find(
+                *(objective, x, y, (settings,)), lambda: _Step(self.recorder(), objective, move, x, y)
+            )
+            return captured.around(objective, x, y, step, eps)
 
 
 class _Step:

@@ -123,7 +123,10 @@ class Compile(GraphEngine):
                 other = mine.get(key)
                 error += float((gradient - (0.0 if other is None else other)).double().square().sum())
                 total += float(gradient.double().square().sum())
-        if not error <= 0.05**2 * total:
+        device = ours.loss.device.type
+        tf32 = device == "cuda" and ours.loss.dtype == torch.float32
+        narrow = tf32 or torch.is_autocast_enabled(device)  # whose rounding moves many kinks
+        if not error <= (0.3 if narrow else 0.05) ** 2 * total:
             off = (error / total) ** 0.5 if total else error
             raise RuntimeError(
                 f"the compiled gradients differ from the eager ones by {off:.1%}: the model has an operator whose "

@@ -57,11 +57,12 @@ class Graphed:
             return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
         device = x.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        captured = self._captures.find(
-            *(objective, x, y, (power, stepped, direction is None)),
-            lambda: _Captured(self.recorder(), objective, x, y, direction, power, stepped, autocast),
-        )
-        return captured.forward(objective, x, y, h, direction)
+        with torch.cuda.device_of(x):  # it need not be the current one
+            captured = self._captures.find(
+                *(objective, x, y, (power, stepped, direction is None)),
+                lambda: _Captured(self.recorder(), objective, x, y, direction, power, stepped, autocast),
+            )
+            return captured.forward(objective, x, y, h, direction)
 
     def backward(
         self, state: _Step, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
@@ -109,9 +110,11 @@ class _Captured:
             return Eager().backward(inner.state, self.w_loss, self.w_penalty, retain=False)
 
         def both() -> None:
+            nonlocal inner
             _, loss, penalty = forward()
             self.w_loss, self.w_penalty = torch.ones_like(loss), torch.ones_like(penalty)
             backward()
+            del inner
 
         recorder.warm_up(both)
         self.values, self.replay_forward = recorder.record(forward)

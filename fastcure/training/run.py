@@ -94,6 +94,8 @@ class Run:
             load_optimizer(self.optimizer, parts.get("optimizer", {}))
             self._generator.set_state(parts["random"]["loader"])
             torch.set_rng_state(parts["random"]["torch"])
+            if self.ranks.device.type == "cuda" and "cuda" in parts["random"]:
+                torch.cuda.set_rng_state(parts["random"]["cuda"], self.ranks.device)
             self.tally.numbers.copy_(parts["tally"]["numbers"])
         except (RuntimeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
@@ -217,10 +219,13 @@ class Run:
         progress = self.progress
         progress.seconds[progress.phase] = round(time.perf_counter() - self._clock, 1)
         if self.ranks.first:
+            random = {"loader": self._epoch_began_at, "torch": torch.get_rng_state()}
+            if self.ranks.device.type == "cuda":
+                random["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
             parts: Parts = {
                 "model": self.model.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer),
-                "random": {"loader": self._epoch_began_at, "torch": torch.get_rng_state()},
+                "random": random,
                 "tally": {"numbers": self.tally.numbers},
             }
             self.folder.write(self.folder.checkpoint.name, pack(progress, parts))

@@ -43,7 +43,7 @@ def test_a_cpu_generator_makes_spsa_repeatable(case: Case) -> None:
 def test_autoattack_and_the_checklist_run(case: Case) -> None:
     cuda = on_cuda(case)
     state = torch.cuda.get_rng_state()
-    adv = autoattack(*cuda, 0.1, attacks=("apgd-ce", "fab-t"))
+    adv = autoattack(*cuda, 0.3, attacks=("apgd-ce", "fab-t"))
     assert (cuda.model(adv).argmax(1) != cuda.y).any()
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert len(masking_checklist(*cuda, 0.05, samples=2)) == 6
