@@ -102,8 +102,7 @@ OTHERS = (
     *("CURE/4 train", "CURE/4 at FGSM-RS, train", "CURE at FGSM-RS, train", "CURE/4 + FGSM-RS", "TRADES-2"),
     *("CURE split", "CURE at FGSM", "CURE + FGSM-RS", "input gradient"),
 )
-CURVES = ("CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
-EXAMINED = ("CURE frozen", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM-RS", "PGD-2", "PGD-7")
+CURVES = tuple(label for label in MAIN if label != "standard")
 SCRATCH = (*MAIN, "CURE split", "input gradient", "PGD-10")
 
 
@@ -115,7 +114,7 @@ def full(study: Study, sizes: Sizes) -> None:
         for label in CURVES:
             study.run(at(study.best(label), budget), 0, "budget")
     repeated(study, MAIN, sizes)
-    for label in EXAMINED:
+    for label in CURVES:
         study.examine(study.best(label), 0)
     for recipe in (*ablations(study.best("CURE frozen"), sizes), *shares(study.best("CURE/4 at FGSM, train"), sizes)):
         study.run(recipe, 0, "ablation")
@@ -133,10 +132,10 @@ def long(study: Study, sizes: Sizes) -> None:
     """The main methods, and the high budget, at which one-step training may overfit."""
     searched(study, MAIN, sizes)
     for seed in (0, *sizes.seeds):
-        for label in ("FGSM", *CURVES):
+        for label in CURVES:
             study.run(at(study.best(label), sizes.budgets[2]), seed, "budget")
     repeated(study, MAIN, sizes)
-    for label in EXAMINED:
+    for label in CURVES:
         study.examine(study.best(label), 0)
 
 
@@ -150,7 +149,7 @@ def smooth(study: Study, sizes: Sizes) -> None:
 def few(study: Study, sizes: Sizes) -> None:
     """The main methods at one budget."""
     searched(study, MAIN, sizes)
-    for label in EXAMINED:
+    for label in CURVES:
         study.examine(study.best(label), 0)
     repeated(study, MAIN, sizes)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from methods import Recipe
+from robustness_grid import MAIN
 from robustness_table import Row
 
 INTRODUCTION = """\
@@ -14,16 +15,45 @@ says what was done, and what follows from it. Accuracies are in percent, on the 
 the rows); of several seeds the mean, with the worst and the best in brackets. One F is a forward pass of one image.
 Times are those of a machine that did other work besides, and so are no benchmark."""
 
+OVERVIEW = """\
+The main methods, PGD-20 x 5 with the settings that validation images chose, means over seeds, by training compute; and
+AutoAttack on the first images, seed 0, at the middle budget:"""
+
 Setting = tuple[str, str, str]
+BUDGETS = (17.0, 34.0, 85.0, 255.0, 510.0)
+"""The presets', in F an image."""
 
 
 def summary(rows: list[Row]) -> str:
     """Return all tables as Markdown."""
-    parts = ["# Tables of the study", INTRODUCTION]
+    parts = ["# Tables of the study", INTRODUCTION, OVERVIEW, overview(rows)]
     for setting in dict.fromkeys(setting_of(row) for row in rows):
         its = [row for row in rows if setting_of(row) == setting]
         parts += [f"## {title(setting)}", *tables(its)]
     return "\n\n".join(parts)
+
+
+def overview(rows: list[Row]) -> str:
+    """The main methods at a glance: a line a setting and budget, and one for AutoAttack."""
+    lines = []
+    for setting in dict.fromkeys(setting_of(row) for row in rows):
+        its = [row for row in rows if setting_of(row) == setting]
+        best = {label: row for label, row in chosen(its).items() if label in MAIN}
+        if len(best) < len(MAIN) / 2:
+            continue
+        found = {label: robust_by_budget(its, row) for label, row in best.items()}
+        name = f"{setting[0]}, {255 * float(setting[2]):.3g}/255"
+        for budget in sorted({budget for accuracies in found.values() for budget in accuracies}):
+            means = {label: sum(of[budget]) / len(of[budget]) for label, of in found.items() if budget in of}
+            lines.append([f"{name}, {budget:.0f} F", *rounded(means)])
+        attacked = {label: float(row["autoattack"]) for label, row in best.items() if row["autoattack"]}
+        lines.append([f"{name}, AutoAttack", *rounded(attacked)])
+    return table(("", *MAIN), lines)
+
+
+def rounded(accuracies: Mapping[str, float]) -> list[str]:
+    """The main methods' in whole percent."""
+    return [f"{100 * accuracies[label]:.0f}" if label in accuracies else "" for label in MAIN]
 
 
 def setting_of(row: Row) -> Setting:
@@ -133,13 +163,22 @@ def equal_compute(rows: Sequence[Row]) -> list[str]:
 
 def by_budget(rows: Iterable[Row], best: Row) -> dict[float, str]:
     """F an image, rounded to the preset's budgets -> PGD-20 x 5 and seconds."""
-    found = {}
-    its = (row for row in rows if row["stage"] == "budget" and row["seed"] == best["seed"] and alike(row, best))
-    for row in (best, *its):
-        spent = float(row["compute"]) / float(row["train"])
-        budget = min((17.0, 34.0, 85.0, 255.0, 510.0), key=lambda b: abs(b - spent))
-        found[budget] = f"{percent(row, 'pgd20x5')[0]} ({float(row['seconds']):.0f} s)"
+    its = [row for row in rows if row["stage"] == "budget" and row["seed"] == best["seed"] and alike(row, best)]
+    return {budget_of(row): f"{percent(row, 'pgd20x5')[0]} ({float(row['seconds']):.0f} s)" for row in (best, *its)}
+
+
+def robust_by_budget(rows: Iterable[Row], best: Row) -> dict[float, list[float]]:
+    """F an image, rounded likewise -> PGD-20 x 5 of each seed."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row is best or (row["stage"] in ("seed", "budget") and alike(row, best)):
+            found.setdefault(budget_of(row), []).append(float(row["pgd20x5"]))
     return found
+
+
+def budget_of(row: Row) -> float:
+    """The budget that a run's whole epochs come nearest to."""
+    return min(BUDGETS, key=lambda budget: abs(budget - float(row["compute"]) / float(row["train"])))
 
 
 def correlation(rows: Sequence[Row]) -> str:

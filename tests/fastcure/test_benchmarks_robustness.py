@@ -13,10 +13,10 @@ from methods import METHODS, Moment, Recipe, gradients
 from PIL import Image
 from robustness import TINY, Study, check_row, recipe_of
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import COST, KIND, first, full, long, peak, smooth
+from robustness_grid import COST, KIND, MAIN, first, full, long, peak, smooth
 from robustness_plot import draw
 from robustness_run import Run
-from robustness_summary import correlation, ranked, summary
+from robustness_summary import correlation, overview, ranked, summary
 from robustness_table import COLUMNS, Row, Table
 
 from fastcure import CURE, reference
@@ -195,6 +195,19 @@ def test_tables_are_of_the_settings_that_validation_chose() -> None:
     assert "| CURE | 40.0 (1 s) | 70.0 (33 s) |" in text
     assert "| CURE: constant gamma | 12.0 | 7 | 90.0 | 33.0 |" in text
     assert "| CURE | 50 60 |" in text
+
+
+def test_the_overview_has_means_over_seeds_and_leaves_comparisons_of_few_out() -> None:
+    rows = [row(label, "search", pgd20x5=0.4) for label in MAIN[:5]]
+    rows += [row("CURE frozen", "seed", seed=1, pgd20x5=0.6), row("CURE frozen", "budget", compute=8500, pgd20x5=0.7)]
+    rows[1]["autoattack"] = "0.35"
+    others = [row(label, "search", eps=0.5) for label in MAIN[:4]]
+    lines = overview(rows + others).splitlines()[2:]
+    assert lines == [
+        "| digits, 25.5/255, 34 F | 40 | 50 | 40 | 40 | 40 |  |  |  |  |",
+        "| digits, 25.5/255, 85 F |  | 70 |  |  |  |  |  |  |  |",
+        "| digits, 25.5/255, AutoAttack |  | 35 |  |  |  |  |  |  |  |",
+    ]
 
 
 def test_rank_correlation() -> None:

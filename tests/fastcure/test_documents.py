@@ -3,17 +3,19 @@
 import re
 from pathlib import Path
 
-from robustness_summary import summary
+from robustness_summary import overview, summary
 from robustness_table import Table
 
 TESTS = Path(__file__).parents[1]
 RESULTS = TESTS.parent / "benchmarks" / "results"
+STUDY = TESTS.parent / "docs" / "study.md"
 BEHAVIOUR = TESTS.parent / "docs" / "behaviour.md"
 
 
 def test_the_tables_of_the_study_are_those_of_its_rows() -> None:
     table = Table(RESULTS / "robustness.csv")
     assert (RESULTS / "robustness.md").read_text() == summary(table.rows) + "\n"
+    assert overview(table.rows) in STUDY.read_text()
 
 
 def test_every_test_that_is_named_exists() -> None:
