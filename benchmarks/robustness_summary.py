@@ -118,7 +118,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
             ("run", "F a sample", "epochs", "clean", "PGD-20 x 5"),
             ([r["label"], f"{float(r['cost']):.1f}", r["epochs"], *percent(r, "clean", "pgd20x5")] for r in others),
         )
-    trained = [row for row in rows if row["stage"] != "start" and row["label"] != "standard"]
+    trained = [row for row in rows if row["method"] != "standard"]
     if len(trained) > 2:
         yield correlation(trained)
     longest = [row for row in rows if row["stage"] == "budget" and int(row["epochs"]) > 6]
