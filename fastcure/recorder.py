@@ -60,6 +60,7 @@ class CudaRecorder:
 
 @cache
 def _stream(device: int) -> torch.cuda.Stream:
+    """The stream on which a device's captures are made."""
     return torch.cuda.Stream(device)
 
 

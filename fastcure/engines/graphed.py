@@ -114,7 +114,7 @@ class _Captured:
             _, loss, penalty = forward()
             self.w_loss, self.w_penalty = torch.ones_like(loss), torch.ones_like(penalty)
             backward()
-            del inner
+            del inner  # else the capture would find its nodes of parameters, made outside of it
 
         recorder.warm_up(both)
         self.values, self.replay_forward = recorder.record(forward)
