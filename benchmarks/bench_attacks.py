@@ -78,4 +78,4 @@ def test_attacks(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
         row = {"model": workload.model, "batch": workload.batch, "attack": f"PGD-{STEPS}", "by": title}
         row |= {"milliseconds": round(seconds * 1e3, 3), "ratio_to_ours": round(ratio, 3)}
         ROWS.append({**row, "loss_gained": round(gained[title], 5), "peak_MiB": memory[title]})
-    write(f"attacks-{DEVICE.type}", ROWS, DEVICE)
+    write(f"attacks-{DEVICE.type}", ROWS, DEVICE, by="by")

@@ -109,4 +109,4 @@ def test_kernels(benchmark: pytest.FixtureRequest, name: str, dtype: torch.dtype
         print(f"  {title:<14} {seconds * 1e3:8.3f} ms  {share:6.1%} of the copy's bandwidth")
         row = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "MiB": size >> 20, "by": title}
         ROWS.append({**row, "milliseconds": round(seconds * 1e3, 4), "share_of_copy": round(share, 4)})
-    write(f"kernels-{DEVICE.type}", ROWS, DEVICE)
+    write(f"kernels-{DEVICE.type}", ROWS, DEVICE, by="by")

@@ -91,4 +91,4 @@ def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
         row = {"model": workload.model, "batch": workload.batch, "dtype": str(workload.amp).removeprefix("torch.")}
         row |= {"measures": title, "milliseconds": round(seconds * 1e3, 3), "ratio_to_all": round(ratio, 3)}
         ROWS.append({**row, "peak_MiB": memory[title]})
-    write(f"measures-{DEVICE.type}", ROWS, DEVICE)
+    write(f"measures-{DEVICE.type}", ROWS, DEVICE, by="measures")

@@ -85,4 +85,4 @@ def test_steps(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
         row |= {"channels_last": workload.channels_last, "step": title, "milliseconds": round(median * 1e3, 3)}
         row |= {"ratio_to_standard": round(ratio, 3), "forwards": round(cost[title], 2) or "", "peak_MiB": mib}
         ROWS.append(row)
-    write(f"step-{DEVICE.type}", ROWS, DEVICE)
+    write(f"step-{DEVICE.type}", ROWS, DEVICE, by="step")

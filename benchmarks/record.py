@@ -41,13 +41,26 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores"
 
 
-def write(name: str, rows: list[dict[str, Any]], device: torch.device) -> Path:
-    """Write `results/NAME.csv`, replacing an older one."""
+def write(name: str, rows: list[dict[str, Any]], device: torch.device, by: str | None = None) -> Path:
+    """Write `results/NAME.csv`, replacing an older one.
+
+    With `by`, the column of what took turns in one measurement, the older rows of other measurements stay: of those
+    that differ in a column before it.
+    """
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.csv"
     rows = [{**row, **context(device)} for row in rows]
+    columns = list(rows[0])
+    kept: list[dict[str, Any]] = []
+    if by is not None and path.is_file():
+        about = columns[: columns.index(by)]
+        measured = {tuple(str(row[column]) for column in about) for row in rows}
+        with path.open(newline="") as file:
+            older = csv.DictReader(file)
+            if list(older.fieldnames or []) == columns:
+                kept = [row for row in older if tuple(row[column] for column in about) not in measured]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*kept, *rows])
     return path
