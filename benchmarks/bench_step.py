@@ -49,10 +49,11 @@ def check(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> None:
 
 def forwards(model: nn.Module, x: Tensor, y: Tensor, step: Step) -> float:
     """The arithmetic of a step in forward passes; 0 where it is compiled, and cannot be seen."""
+    x, y = x[:4], y[:4]  # a quarter of them is one
     with torch.no_grad(), FlopCounter() as one:
-        model(x[:2])
+        model(x)
     with FlopCounter() as counter:
-        step(model, x[:2], y[:2])
+        step(model, x, y)
     return counter.total / one.total
 
 
