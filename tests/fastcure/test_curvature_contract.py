@@ -1,5 +1,6 @@
 """What `curvature` promises besides the right numbers: each way to a silent mistake is closed."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,49 @@ def test_dropout_is_off_in_frozen_mode(engine: str) -> None:
     x, y = torch.rand(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
     first, second = (curvature(model, x, y, engine=engine).penalty for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
+def test_a_loss_with_a_mode_of_its_own(case: Case, engine: str, batch_stats: str) -> None:
+    """Dropout inside a loss: off in the penalty's passes, on in the ordinary forward of "split", whose flags stand."""
+
+    class DropsAll(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(1.0)
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.dropout(logits), y, reduction="none")
+
+    loss_fn = DropsAll()
+    case.model.eval()
+    plain = curvature(*case, engine=engine, batch_stats=batch_stats)
+    out = curvature(*case, engine=engine, batch_stats=batch_stats, loss_fn=loss_fn)
+    torch.testing.assert_close(out.penalty, plain.penalty)
+    assert out.penalty.min() > 0
+    uniform = torch.full_like(plain.loss, math.log(plain.logits.shape[1]))
+    torch.testing.assert_close(out.loss, uniform if batch_stats == "split" else plain.loss)
+    assert loss_fn.training
+    assert loss_fn.dropout.training
+
+
+@pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
+def test_the_logits_are_detached(case: Case, batch_stats: str) -> None:
+    out = curvature(*case, batch_stats=batch_stats)
+    assert not out.logits.requires_grad
+    assert out.loss.requires_grad
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "first_order"])
+def test_a_direction_is_taken_as_a_constant(engine: str) -> None:
+    case = make(NETWORKS["mlp-softplus"], 6, seed=0)
+    twin, z = case.copy(), torch.rand_like(case.x)
+    curvature(*twin, direction=z, engine=engine).penalty.sum().backward()
+    z = z.clone().requires_grad_()
+    curvature(*case, direction=z, engine=engine).penalty.sum().backward()
+    assert z.grad is None
+    assert relative(flat_gradients(case), flat_gradients(twin)) == 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)

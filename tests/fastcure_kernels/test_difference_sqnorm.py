@@ -81,6 +81,18 @@ def test_low_precision_accumulates_in_float32(device):
     assert difference_sqnorm(a, -a).item() == 4096 * 256  # beyond the range of float16
 
 
+def test_low_precision_is_widened_before_the_difference_also_under_create_graph(device, close):
+    """-40,000 - 40,000 is infinite in float16; the gradient, weighted by 1e-4, is 16."""
+    a = torch.full((2, 5), 40_000.0, dtype=torch.float16, device=device, requires_grad=True)
+    b = (-a).detach().requires_grad_()
+    w = torch.tensor([1e-4, -1e-4], device=device)
+    for create_graph in (False, True):
+        grad_a, grad_b = grad(difference_sqnorm(a, b), (a, b), w, create_graph=create_graph)
+        expected = 2 * w.double().view(2, 1).cpu() * torch.full((2, 5), 80_000.0, dtype=torch.float64)
+        close(grad_a, expected)
+        close(grad_b, -expected)
+
+
 def test_gradcheck(device):
     a, b = (t.requires_grad_() for t in torch.randn(2, 2, 3, 4, dtype=torch.float64).to(device))
     assert gradcheck(difference_sqnorm, (a, b))

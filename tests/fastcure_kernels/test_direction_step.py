@@ -41,6 +41,14 @@ def test_direction_has_unit_norm(device, close, dtype):
     close(torch.linalg.vector_norm(z.flatten(1).double(), dim=1).to(dtype), torch.ones(4))
 
 
+def test_half_precision_counts_beyond_its_range(device, close):
+    """70,000 entries: more than float16 can count, fewer than an ImageNet image has."""
+    grad = torch.full((1, 70_000), -1.0, dtype=torch.float16, device=device)
+    x = torch.zeros_like(grad)
+    close(direction(grad), torch.full((1, 70_000), -(70_000**-0.5)))
+    close(direction_step(x, grad, 100.0), torch.full((1, 70_000), -100.0 * 70_000**-0.5))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(device, close, dtype):
     x, grad = samples((3, 3, 9, 7), dtype, device)

@@ -148,6 +148,7 @@ MISTAKES = {
     "shapes": (lambda: fk.difference_sqnorm(X, X[:, :1]), r"b must have the shape \(2, 6\) of a, got \(2, 1\)"),
     "devices": (lambda: fk.linf_step(X, X.to("meta"), X, 0.1, 0.1), "grad must be on the device cpu of adv"),
     "length": (lambda: fk.direction_step(X, X, torch.ones(3)), r"h must be .*\(2,\), got \(3,\)"),
+    "one length for several": (lambda: fk.direction_step(X, X, torch.ones(1)), r"h must be .*\(2,\), got \(1,\)"),
     "its device": (lambda: fk.linf_start(X, torch.ones(2, device="meta")), "eps must be on the device cpu"),
     "bounds": (lambda: fk.l2_step(X, X, X, 0.1, 0.1, 1.0, 0.0), "lower must be <= upper, got 1.0 and 0.0"),
 }
