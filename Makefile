@@ -10,21 +10,17 @@ FUZZ_SEED ?= $(shell date +%s)
 KEEP   := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-distributed fuzz soak lint bench
+.PHONY: demo test fuzz soak lint bench
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(KEEP) $(BIN)/fastcure finetune --preset digits --seed $(SEED) --out $(OUT)
 
-# Kernels run on the CPU first, in triton's interpreter; then, where there is a GPU, on it.
+# As many processes as there are cores, eight at most: each holds a torch of its own. Kernels run on the CPU first, in
+# triton's interpreter; then, where there is a GPU, on it.
 test: lint
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu"
-	$(BIN)/python -m pytest -m gpu
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
-
-# Two processes on this machine, alone.
-test-distributed: $(VENV)/installed
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -m gpu --durations=0 -rfE
 
 # Random cases, other ones each time: FUZZ times as many as in `make test`. FUZZ_SEED repeats them.
 fuzz: $(VENV)/installed

@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "resnet8", "batch_norm-gelu-average", "attention", "shared", "reference", "power one", "every parameter used",
         "unused", "partly frozen", "fraction", "accumulated", "finetune on 7", "finetune on 1", "fully_shard, False",
         "fully_shard, True", "two backwards, no_sync", "fully_shard, False, two backwards",
-        "fully_shard, True, two backwards",
+        "fully_shard, True, two backwards", "prepared, torch", "prepared, triton",
     ],
 )  # fmt: skip
 def test_the_gradients_are_those_of_one_process(found: dict[str, Any], name: str) -> None:
@@ -42,6 +42,8 @@ def test_what_would_be_wrong_is_refused(found: dict[str, Any]) -> None:
     assert found["static_graph"].startswith(
         "ValueError: CURE must not be in a DistributedDataParallel with static_graph"
     )
+    assert found["model in ddp"].startswith("TypeError: model must not be a DistributedDataParallel")
+    assert "DistributedDataParallel(CURE(model))" in found["model in ddp"]
     for refusal in found["two backwards"]:
         assert refusal.startswith("RuntimeError: DistributedDataParallel averages gradients in one backward a step")
     for name in ("nested", "inside"):

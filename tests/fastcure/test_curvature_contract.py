@@ -338,24 +338,6 @@ def test_forward_mode_is_refused() -> None:
             curvature(nn.Linear(3, 4), x, torch.tensor([0, 1]))
 
 
-def test_a_model_wrapped_by_ddp_is_refused(tmp_path: object) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[operator]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = nn.Linear(3, 4)
-        x, y = torch.rand(2, 3), torch.tensor([0, 1])
-        with pytest.raises(TypeError, match=r"DistributedDataParallel\(CURE\(model\)\)"):
-            curvature(nn.parallel.DistributedDataParallel(model), x, y)
-        wrapped = nn.parallel.DistributedDataParallel(CURE(model))
-        wrapped(x, y).total.backward()
-        plain = nn.Linear(3, 4)
-        plain.load_state_dict(model.state_dict())
-        CURE(plain)(x, y).total.backward()
-        torch.testing.assert_close(model.weight.grad, plain.weight.grad)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_that_the_model_keeps_to_itself_is_not_lost_in_silence(engine: str) -> None:
     class Auxiliary(nn.Linear):

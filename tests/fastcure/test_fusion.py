@@ -14,7 +14,7 @@ from prepared import STYLES, check_exact, every_style, gradients, relu, style
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure import CURE, curvature, explain, prepare
+from fastcure import curvature, explain, prepare
 from fastcure.pending import Pending
 
 FUSED = {  # of the ReLUs that run
@@ -145,24 +145,6 @@ def test_hooks_around_a_batch_norm_fire_and_see_what_they_should(kind: str, when
     assert {type(tensor) for tensor in ours} == {Tensor}
     assert all(relative(a, b) < 1e-10 for a, b in zip(ours, truth, strict=True))
     handle.remove()
-
-
-def test_cure_under_distributed_data_parallel(tmp_path: object) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[operator]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        case = style("resnet8", relu)
-        twin = case.copy()
-        prepare(case.model, case.x)
-        wrapped = nn.parallel.DistributedDataParallel(CURE(case.model))
-        for _ in range(2):
-            wrapped.zero_grad()
-            wrapped(case.x, case.y).total.backward()
-        CURE(twin.model, engine="reference")(twin.x, twin.y).total.backward()
-        for p, q in zip(case.model.parameters(), twin.model.parameters(), strict=True):
-            assert relative(p.grad, q.grad) < 1e-10
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def tensors() -> Sequence[Tensor]:

@@ -11,7 +11,7 @@ from prepared import STYLES, Activation, case_of, check_exact, count, every_styl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure import CURE, curvature, explain, prepare
+from fastcure import curvature, explain, prepare
 from fastcure.layers import NORMS
 
 
@@ -188,22 +188,3 @@ def test_a_hook_on_all_modules_turns_folding_off() -> None:
     assert type(seen[linear]) is Tensor
     torch.testing.assert_close(seen[norm], norm.eval()(seen[linear]))  # and not a norm's output under the layer's name
     assert count(case.model) == 2
-
-
-def test_cure_under_distributed_data_parallel(tmp_path: object) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[operator]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        case = style("resnet8", relu)
-        twin = case.copy()
-        prepare(case.model, case.x)
-        wrapped = nn.parallel.DistributedDataParallel(CURE(case.model))
-        for _ in range(2):
-            wrapped.zero_grad()
-            wrapped(case.x, case.y).total.backward()
-        assert count(case.model) == 9
-        CURE(twin.model, engine="reference")(twin.x, twin.y).total.backward()
-        for p, q in zip(case.model.parameters(), twin.model.parameters(), strict=True):
-            assert relative(p.grad, q.grad) < 1e-10
-    finally:
-        torch.distributed.destroy_process_group()
