@@ -68,11 +68,15 @@ def torchs(geometry: Geometry) -> Callable[..., Tensor]:
 
 
 def derivatives(run: Callable[..., Tensor], inputs: Sequence[Tensor], orders: int) -> list[Tensor]:
-    """The output, and the gradients of a scalar of each order's results, as deep as `orders`."""
+    """The output, and the gradients of a scalar of each order's results, as deep as `orders`.
+
+    Results enter the scalar scaled to unit length: the sine of 1e9 would turn rounding into errors of 1e-7.
+    """
     results, found = [run(*inputs)], []
     for _ in range(orders):
         found += results
-        scalar = sum((result * (1 + result).sin()).sum() for result in results)
+        units = [result / result.detach().norm().clamp(min=1e-300) for result in results]
+        scalar = sum((unit * (1 + unit).sin()).sum() for unit in units)
         results = list(torch.autograd.grad(scalar, inputs, create_graph=True))
     return found + results
 
