@@ -10,7 +10,7 @@ FUZZ_SEED ?= $(shell date +%s)
 KEEP   := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test fuzz soak lint bench
+.PHONY: demo test fuzz soak torchrun-soak lint bench
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -32,6 +32,10 @@ soak: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= FUZZ=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
 		tests/fastcure/test_leaks.py tests/fastcure/test_untrusted_files.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_and_resume.py --kills 20
+
+# Runs of two processes beside two busy ones: each must end with status 0, its files whole.
+torchrun-soak: $(VENV)/installed
+	$(BIN)/python benchmarks/finished_runs.py --runs 50 --busy 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,5 @@
 """`python -m fastcure` is the command `fastcure`."""
 
-import sys
+from fastcure.cli import entry
 
-from fastcure.cli import main
-
-sys.exit(main())
+entry()

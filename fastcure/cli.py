@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from fractions import Fraction
-from typing import Any
+from typing import Any, NoReturn
 
 EPILOG = """
 schedules: a number; 4x10,8x5,12x5 (10 epochs at 4, then 5 at 8, then 5 at 12); 0:4x30%,4 (from 0 to 4 in the
 first 30 % of the epochs, then 4); 1e-3:1e-5 (from one to the other throughout)
 """
+
+
+def entry() -> NoReturn:
+    """Run the command line as a process of its own, and end it with the right status.
+
+    Under torchrun the process skips the interpreter's clean-up, in which torch's threads sometimes abort it: torchrun
+    would then end the other processes and report a failure.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(main())
+    status: Any = 1
+    try:
+        status = main()
+    except SystemExit as stop:  # of argparse
+        status = stop.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # a closed pipe, a closed stream, none
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,4 +206,4 @@ def _evaluate(arguments: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

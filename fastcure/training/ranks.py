@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -143,7 +143,14 @@ def own_device(name: str) -> str:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, each with a `device` of its own."""
+    """Join the processes that torchrun started, each with a `device` of its own.
+
+    No process leaves this context before all have done their work: torchrun ends the others as soon as one dies, and
+    the first process may still be writing the results.
+
+    Raises:
+        ConnectionError: if another process ended in the meantime. That one reports the cause.
+    """
     if not _torchrun():
         yield Ranks(device)
         return
@@ -152,8 +159,23 @@ def join(device: torch.device) -> Iterator[Ranks]:
     # What is counted and agreed on lies on the CPU; gradients go from GPU to GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # shares of a long evaluation may differ by hours
-    yield Ranks(device, dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # not after an error, where it would wait for processes that wait for this one
+    ranks = Ranks(device, dist.get_rank(), dist.get_world_size())
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not _connection_lost(error):
+            raise
+        raise ConnectionError(
+            f"process {ranks.rank} lost the connection to the others: one of them ended, and says why"
+        ) from error
+    # After an error there is no waiting: the others may wait for this process, and end when it does.
+    with suppress(RuntimeError):  # of a process that failed after its last exchange, and reports that by its status
+        ranks.most(0)
+    dist.destroy_process_group()
+
+
+def _connection_lost(error: RuntimeError) -> bool:
+    return "gloo/transport" in str(error) or isinstance(error, dist.DistNetworkError)
 
 
 def _torchrun() -> bool:

@@ -1,16 +1,13 @@
 """Two processes that share each batch do what one does with the whole of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import SMALL, check_equal, finetune, write_npz
+from small_runs import check_equal, finetune, write_npz
 from two_processes import MEASURES, distress, free_port, in_two_processes, measures, own_loop, runs
 
 from fastcure.cli import main
@@ -105,19 +102,3 @@ def test_two_measure_what_one_does(tmp_path: Path) -> None:
         for found in said(tmp_path, name):
             assert found[0] == status
             assert words in found[2]
-
-
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    npz = write_npz(tmp_path / "bright.npz")
-    out = str(tmp_path / "out")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for command, words in (
-        (["finetune", "--dataset", f"npz:{npz}", "--out", out, *SMALL], "results in"),
-        (["evaluate", "--run", out, "--device", "cpu", "--eps", "0.1"], "DeepFool: L2"),
-    ):
-        arguments = [*torchrun, "fastcure", *command]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(words) == done.stdout.count("on 2 x cpu") == 1
