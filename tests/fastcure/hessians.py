@@ -1,7 +1,6 @@
 """The input Hessian by first principles: the oracle of the curvature measures."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,11 +21,13 @@ def hessians(case: Case, loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_ent
     N = case.x[0].numel()
 
     def hessian(x: Tensor, y: Tensor) -> Tensor:
-        return torch.func.hessian(lambda point: loss_fn(model(point[None]), y[None])[0])(x.double()).reshape(N, N)
+        # Twice in reverse: torch.func.hessian goes forward, for which torch 2.14 loads code that it calls deprecated.
+        def loss(point: Tensor) -> Tensor:
+            return loss_fn(model(point[None]), y[None])[0]
 
-    # The fast kernels of attention have no second derivative; the warning is of torch's own, in make_dual.
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+        return torch.func.jacrev(torch.func.jacrev(loss))(x.double()).reshape(N, N)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
         return torch.stack([hessian(x, y) for x, y in zip(case.x, case.y, strict=True)]).detach()
 
 

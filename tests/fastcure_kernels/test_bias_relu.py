@@ -202,7 +202,7 @@ def test_operands_are_not_changed(device):
         assert all(t is None or torch.equal(t, old) for t, old in zip(given, before, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own forward-mode rules
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch loads its forward-mode rules by it
 def test_forward_mode_is_right_or_refused(device):
     x, bias, residual = operands((2, 3, 5), torch.float64, device)
     with forward_ad.dual_level():
