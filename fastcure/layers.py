@@ -31,6 +31,8 @@ from fastcure.convolution import Geometry, Phase, convolve
 from fastcure.pending import Pending
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+METHODS = frozenset(("forward", "_conv_forward", "_check_input_dim"))
+"""Those that a module may have of its own, in place of its class's."""
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -44,8 +46,25 @@ class Fold(NamedTuple):
     """Whether ReLUs alone take the output of the batch norm, as it is or added to something."""
 
 
-FOLDS: WeakKeyDictionary[nn.Module, list[Fold]] = WeakKeyDictionary()
+class WeakFold(NamedTuple):
+    """A fold that keeps neither module alive: a child may refer to its root, and would keep that alive too."""
+
+    layer: ref[nn.Module]
+    norm: ref[nn.Module]
+    fused: bool
+
+    @classmethod
+    def of(cls, fold: Fold) -> WeakFold:
+        """Return `fold` by weak references."""
+        return cls(ref(fold.layer), ref(fold.norm), fold.fused)
+
+
+FOLDS: WeakKeyDictionary[nn.Module, list[WeakFold]] = WeakKeyDictionary()
 """What `fastcure.prepare` found in each model that was given to it."""
+
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+FORWARDS = {kind: kind.forward for kind in (*LAYERS, *NORMS, *INSTANCE_NORMS)}
+"""torch's own; a class whose `forward` was exchanged since computes something else."""
 
 
 class UsedElsewhereError(RuntimeError):
@@ -136,16 +155,30 @@ def cheaper_layers(
 
 
 def folds_of(model: nn.Module) -> list[Fold]:
-    """Return the pairs that `fastcure.prepare` found in `model` and that are still there and plain."""
+    """Return the pairs that `fastcure.prepare` found in `model` and that can still be folded."""
+    if not FOLDS.get(model):
+        return []
     modules = set(model.modules())
-    return [fold for fold in FOLDS.get(model, ()) if modules.issuperset(fold[:2]) and all(map(plain, fold[:2]))]
+    pairs = ((weak.layer(), weak.norm(), weak.fused) for weak in FOLDS[model])
+    found = [Fold(layer, norm, fused) for layer, norm, fused in pairs if layer in modules and norm in modules]
+    return [fold for fold in found if can_be_folded(fold)]
+
+
+def can_be_folded(fold: Fold) -> bool:
+    """Tell whether both modules still compute what folding takes them for: all of it may change after `prepare`."""
+    layer: Any = fold.layer
+    norm: Any = fold.norm
+    kinds = type(layer) in LAYERS and type(norm) in NORMS
+    return kinds and plain(layer) and plain(norm) and has_statistics(norm) and len(norm.running_var) == len(layer.weight)
 
 
 def plain(module: nn.Module) -> bool:
     """Tell whether a module does what its class says, and nobody listens."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     registered = {"weight", "bias"} <= module._parameters.keys()  # others may depend on the input
-    return registered and "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
+    kind = type(module)
+    own = kind.forward is FORWARDS.get(kind, kind.forward) and vars(module).keys().isdisjoint(METHODS)
+    return registered and own and not any(hooks) and not _has_any_global_hook()
 
 
 def has_statistics(norm: nn.Module) -> bool:
@@ -189,7 +222,7 @@ def _convolution(layer: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _batch_norm(norm: nn.Module, phase: Phase) -> Callable[[Tensor], Tensor]:
+def _batch_norm(norm: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
     original = type(norm).forward
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
@@ -198,6 +231,9 @@ def _batch_norm(norm: nn.Module, phase: Phase) -> Callable[[Tensor], Tensor]:
         if norm.training or not has_statistics(norm):
             return normalise(norm, input, phase) if is_ordinary(norm, input) else original(norm, input)
         s, t = channel_map(norm)
+        norm._check_input_dim(input)
+        if input.shape[1] != len(s):  # torch says what is wrong, where broadcasting would not
+            return original(norm, input)
         if input.dtype != s.dtype:  # under autocast the library's batch norm computes in the wider type
             return original(norm, input)
         shape = (-1, *[1] * (input.dim() - 2))

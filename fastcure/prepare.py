@@ -13,12 +13,13 @@ from torch.overrides import TorchFunctionMode
 from fastcure.checks import check_images
 from fastcure.engines.graph import twice_differentiable
 from fastcure.layers import (
-    CONVOLUTIONS,
     FOLDS,
+    LAYERS,
     NORMS,
     Fold,
     UsedElsewhereError,
     Watch,
+    WeakFold,
     cheaper_layers,
     folds_of,
     has_statistics,
@@ -26,8 +27,6 @@ from fastcure.layers import (
 )
 from fastcure.objective import evaluation_mode, unwrap
 from fastcure.pending import RELU, OverwrittenError, Pending
-
-LAYERS = (*CONVOLUTIONS, nn.Linear)
 
 
 def prepare(model: nn.Module, x: Tensor) -> nn.Module:
@@ -48,7 +47,7 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     """
     check_images(x.detach() if isinstance(x, Tensor) else x)
     inner = unwrap(model)
-    FOLDS[inner] = _fuse(inner, x, _find(inner, x)[0]).folds
+    FOLDS[inner] = [WeakFold.of(fold) for fold in _fuse(inner, x, _find(inner, x)[0]).folds]
     return model
 
 

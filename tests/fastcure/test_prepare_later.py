@@ -4,10 +4,12 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from networks import relative
 from odd import Odd, pair
 from prepared import case_of, count, relu, style
@@ -174,3 +176,178 @@ def test_preparing_under_no_grad_finds_the_same() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"torch.nn.Module, got function"):
         prepare(relu, torch.rand(1, 3))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.square()
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def replaced(model: Odd, name: str, layer: nn.Module) -> None:
+    setattr(model, name, layer.double().train())
+
+
+def of_its_own(module: Any, name: str, function: Callable[[Tensor], Tensor]) -> None:
+    setattr(module, name, function)
+
+
+def wider(model: Odd, groups: int = 1) -> None:
+    """Eight channels in place of five, in the modules that were prepared."""
+    model.conv.weight = nn.Parameter(torch.randn(8, 2 // groups, 3, 3).double())
+    model.conv.bias, model.conv.groups = nn.Parameter(torch.randn(8).double()), groups
+    model.bn.weight, model.bn.bias = (nn.Parameter(torch.rand(8).double()) for _ in range(2))
+    model.bn.running_mean, model.bn.running_var = torch.rand(8).double(), torch.rand(8).double() + 0.5
+    replaced(model, "head", nn.Sequential(nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)))
+
+
+def without(module: nn.Module, *names: str) -> None:
+    for name in names:
+        setattr(module, name, None)
+
+
+def setting(module: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+LATER: dict[str, Callable[[Odd], object]] = {
+    "class of the convolution": lambda m: setattr(m.conv, "__class__", Doubled),
+    "class of the batch norm": lambda m: setattr(m.bn, "__class__", Shifted),
+    "forward of the convolution": lambda m: of_its_own(m.conv, "forward", lambda x: m.other(x).sin()),
+    "inner forward of the convolution": lambda m: of_its_own(
+        m.conv, "_conv_forward", lambda x, w, b: nn.functional.conv2d(x, w.sin(), b)
+    ),
+    "forward of the batch norm": lambda m: of_its_own(m.bn, "forward", torch.sin),
+    "hook of the convolution": lambda m: m.conv.register_forward_hook(doubled),
+    "hook of the batch norm": lambda m: m.bn.register_forward_hook(doubled),
+    "hook before the convolution": lambda m: m.conv.register_forward_pre_hook(lambda module, args: (args[0].sin(),)),
+    "hook before the batch norm": lambda m: m.bn.register_forward_pre_hook(lambda module, args: (args[0].sin(),)),
+    "weight norm": lambda m: nn.utils.parametrizations.weight_norm(m.conv),
+    "spectral norm": lambda m: nn.utils.parametrizations.spectral_norm(m.conv.eval()),
+    "orthogonal": lambda m: nn.utils.parametrizations.orthogonal(m.conv),
+    "pruning": lambda m: nn.utils.prune.l1_unstructured(m.conv, "weight", 20),
+    "no statistics": lambda m: without(m.bn, "running_mean", "running_var"),
+    "eps": lambda m: setting(m.bn, eps=0.5),
+    "no map": lambda m: without(m.bn, "weight", "bias"),
+    "no weight": lambda m: without(m.bn, "weight"),
+    "no bias of the convolution": lambda m: without(m.conv, "bias"),
+    "statistics not tracked": lambda m: setting(m.bn, track_running_stats=False),
+    "other statistics": lambda m: setting(m.bn, running_var=torch.rand(5).double() + 0.1),
+    "more channels": wider,
+    "stride": lambda m: setting(m.conv, stride=(2, 2)),
+    "padding": lambda m: setting(m.conv, padding=(2, 1)),
+    "padding by name": lambda m: setting(m.conv, padding="valid"),
+    "dilation": lambda m: setting(m.conv, dilation=(2, 1)),
+    "padding mode": lambda m: setting(m.conv, padding_mode="circular", _reversed_padding_repeated_twice=[1, 1, 1, 1]),
+    "groups": lambda m: wider(m, groups=2),
+    "flags": lambda m: m.eval(),
+    "frozen": lambda m: m.conv.requires_grad_(False),
+    "a convolution of a stride": lambda m: replaced(m, "conv", nn.Conv2d(2, 5, 3, stride=2)),
+    "another kind of convolution": lambda m: replaced(m, "conv", nn.ConvTranspose2d(2, 5, 3)),
+    "another kind of norm": lambda m: replaced(m, "bn", nn.GroupNorm(5, 5)),
+    "no norm": lambda m: replaced(m, "bn", nn.Identity()),
+    "weights shared with another": lambda m: setting(m.other, weight=m.conv.weight),
+    "the way: twice": lambda m: setting(m, way=lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv(x.sin()))),
+    "the way: both": lambda m: setting(m, way=lambda m, x: m.bn(m.conv(x)) * m.bn(m.other(x))),
+    "the way: another norm": lambda m: setting(m, way=lambda m, x: m.later(m.other(x))),
+    "the way: with something between": lambda m: setting(m, way=lambda m, x: m.bn(m.conv(x).sin())),
+    "the way: another norm after it": lambda m: setting(m, way=lambda m, x: m.later(m.conv(x))),
+    "the way: kept": lambda m: setting(m, way=lambda m, x: m.stored(x, torch.sin)),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_changes_on_a_prepared_network_is_right_or_one_error(name: str) -> None:
+    case = case_of(Odd(pair), (2, 6, 6))
+    prepare(case.model, case.x)
+    assert count(case.model) == 1
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        LATER[name](case.model)
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    if name in ("the way: with something between", "the way: another norm after it", "the way: kept"):
+        with pytest.raises(RuntimeError, match="call fastcure.prepare again after a change"):
+            curvature(*case, 0.7)
+        return
+    penalty, wanted = by_definition(*case, 0.7)
+    ours = curvature(*case, 0.7).penalty
+    found = torch.autograd.grad(ours.sum(), parameters, allow_unused=True, materialize_grads=True)
+    assert relative(ours, penalty) < 1e-10
+    assert relative(found, wanted) < 1e-10
+
+
+def by_definition(model: nn.Module, x: Tensor, y: Tensor, h: float) -> tuple[Tensor, Sequence[Tensor]]:
+    """The penalties and the parameter gradients of their sum, by plain double backpropagation."""
+    flags = [module.training for module in model.modules()]
+    model.eval()
+
+    def g(point: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(model(point), y, reduction="sum")
+        return torch.autograd.grad(loss, point, create_graph=True)[0]
+
+    x = x.clone().requires_grad_()
+    g_x = g(x)
+    sign = g_x.detach().sign()
+    d = g(x + h * sign / sign.flatten(1).norm(dim=1).view(-1, 1, 1, 1)) - g_x
+    penalty = d.square().flatten(1).sum(1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(penalty.sum(), parameters, allow_unused=True, materialize_grads=True)
+    for module, training in zip(model.modules(), flags, strict=True):
+        module.training = training
+    return penalty.detach(), gradients
+
+
+def test_a_forward_exchanged_in_a_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(Odd(pair), (2, 6, 6))
+    prepare(case.model, case.x)
+    for kind in (nn.Conv2d, nn.BatchNorm2d):
+        own = kind.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", lambda module, x, own=own: own(module, x).sin())
+            penalty, _ = by_definition(*case, 0.7)
+            assert relative(curvature(*case, 0.7).penalty, penalty) < 1e-10
+
+
+def test_a_hook_of_all_modules_is_seen() -> None:
+    case = case_of(Odd(pair), (2, 6, 6))
+    prepare(case.model, case.x)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output.sin() if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        penalty, _ = by_definition(*case, 0.7)
+        assert relative(curvature(*case, 0.7).penalty, penalty) < 1e-10
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_norm_that_does_not_fit_is_an_error(channels: int) -> None:
+    case = case_of(Odd(pair), (2, 6, 6))
+    prepare(case.model, case.x)
+    setting(case.model.bn, running_mean=torch.zeros(channels).double(), running_var=torch.ones(channels).double())
+    setting(case.model.bn, weight=None, bias=None)
+    with pytest.raises(RuntimeError, match=f"should contain 5 elements not {channels}"):
+        curvature(*case)
+
+
+def test_a_network_whose_child_refers_to_it_is_freed() -> None:
+    case = case_of(Odd(pair), (2, 6, 6))
+    case.model.conv.root = [case.model]
+    case.model.bn.root = [case.model]
+    prepare(case.model, case.x)
+    assert count(case.model) == 1
+    curvature(*case).penalty.sum().backward()
+    alive = [weakref.ref(case.model), weakref.ref(case.model.conv), weakref.ref(case.model.conv.weight)]
+    del case
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
