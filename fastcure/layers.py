@@ -63,7 +63,8 @@ FOLDS: WeakKeyDictionary[nn.Module, list[WeakFold]] = WeakKeyDictionary()
 """What `fastcure.prepare` found in each model that was given to it."""
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
-FORWARDS = {kind: kind.forward for kind in (*LAYERS, *NORMS, *INSTANCE_NORMS)}
+KINDS: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *INSTANCE_NORMS)
+FORWARDS = {kind: kind.forward for kind in KINDS}
 """torch's own; a class whose `forward` was exchanged since computes something else."""
 
 
@@ -168,8 +169,9 @@ def can_be_folded(fold: Fold) -> bool:
     """Tell whether both modules still compute what folding takes them for: all of it may change after `prepare`."""
     layer: Any = fold.layer
     norm: Any = fold.norm
-    kinds = type(layer) in LAYERS and type(norm) in NORMS
-    return kinds and plain(layer) and plain(norm) and has_statistics(norm) and len(norm.running_var) == len(layer.weight)
+    if type(layer) not in LAYERS or type(norm) not in NORMS or not (plain(layer) and plain(norm)):
+        return False
+    return has_statistics(norm) and len(norm.running_var) == len(layer.weight)
 
 
 def plain(module: nn.Module) -> bool:

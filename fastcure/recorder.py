@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastcure.layers import folds_of
 from fastcure.objective import Objective
+from fastcure.weak import weakly
 
 Tensors = Sequence[Tensor | None]
 Work = Callable[[], Tensors]
@@ -83,7 +84,8 @@ class Captures(Generic[Capture]):
         """
         kept, device = self._kept.setdefault(objective.model, {}), x.device.type
         key = (
-            *(*settings, objective.module.loss_fn, tuple(folds_of(objective.model))),
+            *(*settings, weakly(objective.module.loss_fn)),
+            *((weakly(fold.layer), weakly(fold.norm), fold.fused) for fold in folds_of(objective.model)),
             *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             *((t.shape, t.stride(), t.dtype, t.device) for t in (x, y)),
             *addresses(objective),

@@ -22,6 +22,7 @@ from fastcure.engines.graph import GraphEngine, evaluation
 from fastcure.engines.protocol import Evaluation
 from fastcure.objective import LossFn, Objective, find_logits
 from fastcure.reference import unit_sign
+from fastcure.weak import weakly
 
 logger = logging.getLogger("fastcure")
 Compiled = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -65,7 +66,7 @@ class Compile(GraphEngine):
         autocast = torch.is_autocast_enabled(x.device.type)
         folding = Folding(objective.model, norms=not autocast)
         key = (
-            *(objective.module.loss_fn, power, stepped, direction is None, tuple(objective.state), folding.key),
+            *(weakly(objective.module.loss_fn), power, stepped, direction is None, tuple(objective.state), folding.key),
             *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast),
         )
         fresh = key not in programs

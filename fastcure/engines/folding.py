@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastcure.layers import NORMS, channel_map_of, folds_of, has_statistics, plain
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
-Forwards = dict[nn.Module, Callable[[Tensor], Tensor]]
+Forwards = dict[ref[nn.Module], Callable[[Tensor], Tensor]]
 
 
 class Folding:
@@ -48,8 +49,9 @@ class Folding:
         )
         left = [norm for norm in left if norm.bias is not None and own(norm)]
         self.norms = [names[norm] for norm in left]
-        self.forwards: Forwards = {norm: _shifted(norm, layer) for layer, norm in folds}
-        self.forwards |= {norm: _affine(norm) for norm in left}
+        # By weak references: this is kept for as long as the model lives, and any module may refer to its root.
+        self.forwards: Forwards = {ref(norm): _shifted(ref(norm), layer.bias is not None) for layer, norm in folds}
+        self.forwards |= {ref(norm): _affine(ref(norm)) for norm in left}
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -86,27 +88,29 @@ class Folding:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the batch norms their forwards."""
+        living = [(module, forward) for norm, forward in self.forwards.items() if (module := norm()) is not None]
         try:
-            for module, forward in self.forwards.items():
+            for module, forward in living:
                 module.forward = forward
             yield
         finally:
-            for module in self.forwards:
+            for module, _ in living:
                 vars(module).pop("forward", None)
 
 
-def _shifted(norm: Any, layer: Any) -> Callable[[Tensor], Tensor]:
+def _shifted(reference: ref[Any], biased: bool) -> Callable[[Tensor], Tensor]:
     """What is left of a folded batch norm: the shift, where the layer has no bias to take it."""
-    biased = layer.bias is not None
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
+        norm: Any = reference()
         return input if biased else input + norm.bias.to(input.dtype).reshape(-1, *[1] * (input.dim() - 2))
 
     return forward
 
 
-def _affine(norm: Any) -> Callable[[Tensor], Tensor]:
+def _affine(reference: ref[Any]) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:  # noqa: A002
+        norm: Any = reference()
         shape = (-1, *[1] * (input.dim() - 2))
         return torch.addcmul(norm.bias.reshape(shape), input, norm.weight.reshape(shape))
 

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from fastcure import CURE, curvature, prepare
 from fastcure.engines import ENGINES as ALL_ENGINES
 from fastcure.engines.compiled import Compile
+from fastcure.engines.graphed import Graphed
 
 ENGINES = ["eager", "first_order", "reference"]
 
@@ -290,3 +292,46 @@ def test_a_long_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         assert count() == early
     torch._dynamo.reset()
     TRIED["steps, compile"] += number
+
+
+class Rooted(nn.Module):
+    """Its layers refer to it, and so does a loss that is a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Softplus(), nn.BatchNorm2d(3)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(108, 3))
+        for module in self.body:
+            module.root = [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, reduction="none")
+
+
+class Rerun:
+    """A recorder that runs nothing again, and keeps nothing."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+        return work(), int
+
+
+@pytest.mark.parametrize("engine", [*ALL_ENGINES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own making
+def test_a_model_that_its_children_refer_to_is_freed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ENGINES, "compile", Compile("aot_eager"))
+    monkeypatch.setitem(ALL_ENGINES, "cuda_graph", Graphed(Rerun, "cpu"))
+    model, x = Rooted(), torch.rand(2, 1, 8, 8)
+    cure = CURE(prepare(model, x), loss_fn=model.loss, engine=engine)
+    for _ in range(2):
+        cure(x, torch.tensor([0, 1])).total.backward()
+    alive = [weakref.ref(cure), weakref.ref(model), weakref.ref(model.body[0]), weakref.ref(model.body[0].weight)]
+    del cure, model
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 4
+    torch._dynamo.reset()

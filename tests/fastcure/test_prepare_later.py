@@ -275,7 +275,7 @@ def test_what_changes_on_a_prepared_network_is_right_or_one_error(name: str) -> 
         LATER[name](case.model)
     parameters = [p for p in case.model.parameters() if p.requires_grad]
     if name in ("the way: with something between", "the way: another norm after it", "the way: kept"):
-        with pytest.raises(RuntimeError, match="call fastcure.prepare again after a change"):
+        with pytest.raises(RuntimeError, match=r"call fastcure\.prepare again after a change"):
             curvature(*case, 0.7)
         return
     penalty, wanted = by_definition(*case, 0.7)
