@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -49,8 +50,13 @@ from mutmut.mutation.pragma_handling import get_ignored_lines
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "mutants"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
-PRELOADED = "torch torch._dynamo torch.utils.flop_counter triton numpy hypothesis sklearn.datasets PIL.Image safetensors"
-OPTIONS = "-q -x -W ignore::pytest.PytestAssertRewriteWarning -m not(gpu) -p no:cacheprovider -o addopts= --import-mode=importlib --tb=line -rfE --hypothesis-seed=0"
+PRELOADED = (
+    "torch torch._dynamo torch.utils.flop_counter triton numpy hypothesis sklearn.datasets PIL.Image safetensors"
+)
+OPTIONS = [
+    *("-q", "-x", "-m", "not gpu", "-o", "addopts=", "--import-mode=importlib", "--tb=line", "-rfE"),
+    *("-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "--hypothesis-seed=0"),
+]
 SECONDS_OF_TESTS = 40.0
 """The tests tried on one fault are as many as pass in this time."""
 
@@ -61,7 +67,7 @@ class Fault(NamedTuple):
     file: str
     function: str
     change: str
-    """The line before and after, which names the fault also when lines have moved."""
+    """The line before and after."""
     lines: range
     body: range
     """The lines of the function."""
@@ -70,7 +76,7 @@ class Fault(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in equivalents.toml."""
+        """What tells it from all others, also when lines have moved."""
         return f"{self.file} {self.function}: {self.change}"
 
 
@@ -179,6 +185,8 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.exists():
+            return
         listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
             if (ROOT / name).is_file():
@@ -200,9 +208,7 @@ class Tree:
             sys.dont_write_bytecode = record is None
             ours = (str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent))
             sys.path[:] = paths + [path for path in sys.path if path not in ours]
-            options = [option.replace("not(gpu)", "not gpu") for option in OPTIONS.split()]
-            if record is not None:
-                options.remove("-x")
+            options = [option for option in OPTIONS if record is None or option != "-x"]
             code = pytest.main([*options, *tests], plugins=[Recorder(*record)] if record is not None else [])
             sys.stdout.flush()
             os._exit(int(code))
@@ -277,7 +283,9 @@ def wait(running: dict[int, Any]) -> tuple[int, str]:
         time.sleep(0.02)
 
 
-def try_all(trees: list[Tree], faults: list[Fault], known: dict[str, Any], say: Callable[[Fault, str, str], None]) -> None:
+def try_all(
+    trees: list[Tree], faults: list[Fault], known: dict[str, Any], say: Callable[[Fault, str, str], None]
+) -> None:
     """Try each fault, as many at a time as there are trees; `say(fault, verdict, test)`."""
     free, running, waiting = list(trees), {}, list(faults)
     while waiting or running:
@@ -301,17 +309,31 @@ def try_all(trees: list[Tree], faults: list[Fault], known: dict[str, Any], say: 
         say(fault, verdict, ends[0].split(" - ")[0] if ends else "")
 
 
-def equivalents() -> dict[str, str]:
-    """Return the reason of each fault that changes nothing."""
-    if not EQUIVALENTS.exists():
-        return {}
-    entries = tomllib.loads(EQUIVALENTS.read_text())["equivalent"]
-    return {f"{entry['file']} {entry['function']}: {change}": entry["reason"] for entry in entries for change in entry["changes"]}
+def equivalents() -> Callable[[Fault], str | None]:
+    """Return what gives the reason why a fault changes nothing, or None."""
+    listed = tomllib.loads(EQUIVALENTS.read_text())
+    reasons = {
+        (entry["file"], entry["function"], change): entry["reason"]
+        for entry in listed["equivalent"]
+        for change in entry["changes"]
+    }
+
+    def reason(fault: Fault) -> str | None:
+        for rule in listed["rule"]:
+            before, after = (re.sub(rule["without"], "", side) for side in fault.change.split(" -> ", 1))
+            if before == after:
+                return str(rule["reason"])
+        return reasons.get((fault.file, fault.function, fault.change))
+
+    return reason
 
 
 def table() -> str:
     """Return what the last runs of all parts found, a row a part."""
-    rows = ["| part | tried | noticed | equivalent | left | noticed, of those that are no equivalents |", "| --- " * 6 + "|"]
+    rows = [
+        "| part | tried | noticed | equivalent | left | noticed, of those that are no equivalents |",
+        "| --- " * 6 + "|",
+    ]
     total: Counter[str] = Counter()
     parts = [(path.stem, path) for path in sorted(RESULTS.glob("*.jsonl"))]
     for part, path in [*parts, ("all", None)]:
@@ -323,52 +345,62 @@ def table() -> str:
             found = total
         real = found["noticed"] + found["left"]
         share = f"{found['noticed'] / real:.1%}" if real else ""
-        rows.append(f"| {part} | {found.total()} | {found['noticed']} | {found['equivalent']} | {found['left']} | {share} |")
+        rows.append(
+            f"| {part} | {found.total()} | {found['noticed']} | {found['equivalent']} | {found['left']} | {share} |"
+        )
     return "\n".join(rows)
 
 
+def run(part: dict[str, list[str]], results: Path, size: int | None, seed: int, jobs: int, again: bool) -> None:
+    """Try the faults of one part and write the verdicts, one a line."""
+    sources, tests = (
+        sorted({str(path.relative_to(ROOT)) for pattern in part[kind] for path in ROOT.glob(pattern)})
+        for kind in ("sources", "tests")
+    )
+    found: dict[str, dict[str, str]] = {}
+    if again:
+        found = {verdict["name"]: verdict for verdict in map(json.loads, results.read_text().splitlines())}
+    harmless, faults = equivalents(), []
+    for fault in (fault for source in sources for fault in sample(source, size, seed)):
+        if reason := harmless(fault):
+            found[fault.name] = {"name": fault.name, "verdict": "equivalent", "by": reason}
+        elif found.get(fault.name, {}).get("verdict", "left") == "left":
+            faults.append(fault)
+
+    def say(fault: Fault, verdict: str, by: str) -> None:
+        found[fault.name] = {"name": fault.name, "verdict": verdict, "by": by}
+        print(f"{verdict:8s} {fault.file}:{fault.lines.start} {fault.function}: {fault.change}  {by}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [Tree(Path(folder) / "0")]
+        known = record(trees[0], sources, tests)
+        for job in range(1, jobs):
+            shutil.copytree(trees[0].folder, Path(folder) / str(job))
+            trees.append(Tree(Path(folder) / str(job)))
+        start = time.monotonic()
+        try_all(trees, faults, known, say)
+    results.write_text("".join(json.dumps(verdict) + "\n" for verdict in found.values()))
+    print(f"{len(faults)} faults in {time.monotonic() - start:.0f} s")
+
+
 def main() -> None:
-    """Run one part, or print the table."""
+    """Run the parts that are named, and print the table."""
     parts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutate"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(parts)}; all of them if none is named")
-    parser.add_argument("--sample", default="30", help="faults for each file, drawn with --seed, or 'all'")
+    parser.add_argument("--sample", default="12", help="faults for each file, drawn with --seed, or 'all'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--again", action="store_true", help="try the faults that the last run left, and those alone")
-    parser.add_argument("--table", action="store_true", help="print what the runs so far found")
+    parser.add_argument("--again", action="store_true", help="try the faults that the last run left, and no others")
+    parser.add_argument("--table", action="store_true", help="only print what the runs so far found")
     options = parser.parse_args()
-    if options.table:
-        return print(table())
-    for name in PRELOADED.split():
-        __import__(name)
-    harmless = equivalents()
-    for part in options.part or parts:
-        sources, tests = (
-            sorted({str(path.relative_to(ROOT)) for glob in parts[part][kind] for path in ROOT.glob(glob)})
-            for kind in ("sources", "tests")
-        )
-        size = None if options.sample == "all" else int(options.sample)
-        results = RESULTS / f"{part}.jsonl"
-        before = {v["name"]: v for v in map(json.loads, results.read_text().splitlines())} if options.again else {}
-        faults = [fault for source in sources for fault in sample(source, size, options.seed)]
-        same = [fault.name for fault in faults if fault.name in harmless]
-        faults = [f for f in faults if f.name not in harmless and before.get(f.name, {}).get("verdict", "left") == "left"]
-        with tempfile.TemporaryDirectory() as folder:
-            trees = [Tree(Path(folder) / str(job)) for job in range(options.jobs)]
-            known = record(trees[0], sources, tests)
-            for tree in trees[1:]:
-                shutil.copytree(trees[0].folder, tree.folder, dirs_exist_ok=True)
-            found = before | {name: {"name": name, "verdict": "equivalent", "by": harmless[name]} for name in same}
-            start = time.monotonic()
-
-            def say(fault: Fault, verdict: str, by: str) -> None:
-                found[fault.name] = {"name": fault.name, "verdict": verdict, "by": by}  # noqa: B023
-                print(f"{verdict:8s} {fault.file}:{fault.lines.start} {fault.function}: {fault.change}  {by}", flush=True)
-
-            try_all(trees, faults, known, say)
-        results.write_text("".join(json.dumps(v) + "\n" for v in found.values()))
-        print(f"{part}: {len(faults)} faults in {time.monotonic() - start:.0f} s\n{table()}")
+    size = None if options.sample == "all" else int(options.sample)
+    if not options.table:
+        for name in PRELOADED.split():
+            __import__(name)
+        for part in options.part or parts:
+            run(parts[part], RESULTS / f"{part}.jsonl", size, options.seed, options.jobs, options.again)
+    print(table())
 
 
 if __name__ == "__main__":
