@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from fastcure.checks import check_fraction, check_positive
 from fastcure.curvature import BatchStats, LossAt, attach, check_arguments, check_modes, curvature, evaluate
-from fastcure.data_parallel import sent_backward_once
+from fastcure.data_parallel import averaged_once
 from fastcure.engines import engine_called
 from fastcure.microbatch import check_parts, in_parts
 from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
+
+SETTINGS = ("h", "gamma", "loss_fn", "power", "engine", "batch_stats", "loss_at", "fraction", "microbatch")
+_wrappers: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""The modules that have each CURE as their `module`, as wrappers do."""
 
 
 class CUREOutput(NamedTuple):
@@ -32,8 +39,10 @@ class CURE(nn.Module):
     """The regularised objective of a model: `CURE(model)(x, y).total.backward()`.
 
     Its parameters are the model's (and those of a `loss_fn` that is a module), so that
-    `DistributedDataParallel(CURE(model))` works. Save `model.state_dict()`, which knows nothing of CURE. `h` and
-    `gamma` are plain attributes for schedules to set.
+    `DistributedDataParallel(CURE(model))` works. Save `model.state_dict()`, which knows nothing of CURE.
+
+    Every argument but `model` is an attribute for schedules to set, on the CURE itself: set on a wrapper around it
+    (`ddp.gamma` in place of `ddp.module.gamma`) it raises an error in the next forward.
 
     Args:
         model: the network, see `fastcure.curvature`.
@@ -50,8 +59,8 @@ class CURE(nn.Module):
             "train", where samples depend on each other, nothing can be.
 
     Raises:
-        ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when one of the first three is
-            set.
+        ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when it is set.
+        AttributeError: when an attribute is set whose name is nearly that of one of these, but not quite.
     """
 
     def __init__(
@@ -72,8 +81,6 @@ class CURE(nn.Module):
         unwrap(model)
         engine_called(engine)
         check_modes(power, batch_stats, loss_at)
-        if microbatch is not None and (microbatch < 1 or microbatch != int(microbatch)):
-            raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {microbatch}")
         check_parts(microbatch, batch_stats)
         self.microbatch = microbatch
         self.model = model
@@ -113,8 +120,29 @@ class CURE(nn.Module):
         check_fraction(value)
         self._fraction = float(value)
 
+    @property
+    def microbatch(self) -> int | None:
+        """How many samples are evaluated at a time."""
+        return self._microbatch
+
+    @microbatch.setter
+    def microbatch(self, value: int | None) -> None:
+        if value is not None and (value < 1 or value != int(value)):
+            raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {value}")
+        self._microbatch = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one that is misspelt would be without effect, and is an error."""
+        if not (name in SETTINGS or name.startswith("_") or hasattr(self, name)):
+            near = get_close_matches(name.lower(), SETTINGS, n=1, cutoff=0.75)
+            if near and not name.startswith(near[0]):
+                raise AttributeError(f"CURE has no setting {name!r}: did you mean {near[0]!r}?")
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
+        for wrapper in _wrappers.get(self, ()):
+            refuse_settings_on(wrapper, self)
         if self.microbatch is not None and self.microbatch < len(x):
             return self._in_parts(x, y, self.microbatch)
         some = self._penalised(x)
@@ -168,7 +196,7 @@ class CURE(nn.Module):
             penalty = parts[True][2]
         else:
             logits, loss, penalty = whole[0].detach(), whole[1], part(True, moves=False)[2]
-        loss, penalty = sent_backward_once(loss.mean(), penalty.mean())
+        loss, penalty = averaged_once((model, self.loss_fn), loss.mean(), penalty.mean())
         return CUREOutput(loss + self.gamma * penalty, loss, penalty, logits)
 
     def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
@@ -190,7 +218,7 @@ class CURE(nn.Module):
         if called is not None:
             loss = called[1].mean()
             total, loss, logits = total + loss, loss.detach(), called[0].detach()
-        (total,) = sent_backward_once(total)
+        (total,) = averaged_once((model, self.loss_fn), total)
         return CUREOutput(total, loss, penalty, logits)
 
     def extra_repr(self) -> str:
@@ -199,3 +227,29 @@ class CURE(nn.Module):
             f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
             f"batch_stats={self.batch_stats!r}, loss_at={self.loss_at!r}, fraction={self.fraction}"
         )
+
+
+def refuse_settings_on(wrapper: nn.Module, cure: CURE) -> None:
+    """Raise if settings of `cure` were set on a module around it, where nothing reads them.
+
+    Raises:
+        ValueError: if so, unless the value is that of `cure`.
+    """
+    found = {**vars(wrapper), **wrapper._modules, **wrapper._parameters, **wrapper._buffers}
+    for name in SETTINGS:
+        if name in found and found[name] is not (own := getattr(cure, name)):
+            value = found[name]
+            if isinstance(value, (int, float, str)) and value == own:
+                continue
+            raise ValueError(
+                f"{name} was set to {value!r} on the {type(wrapper).__name__} around CURE, where it has no effect; "
+                f"CURE has {own!r}: set it on CURE itself, wrapper.module.{name} = ..., and del wrapper.{name}"
+            )
+
+
+def _remember(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
+    if name in ("module", "_fsdp_wrapped_module") and isinstance(module, CURE):
+        _wrappers.setdefault(module, WeakSet()).add(wrapper)
+
+
+register_module_module_registration_hook(_remember)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure.checks import check_batch, check_positive, not_inside_torch_compile, refuse_transforms
-from fastcure.data_parallel import refuse_static_graph, sent_backward_once
+from fastcure.data_parallel import averaged_once, refuse_static_graph, refuse_wrappers_within
 from fastcure.engines import Engine, Evaluation, LossOnly, engine_called
 from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
@@ -86,7 +86,8 @@ def curvature(
         ValueError: if an argument is out of range, `x` requires grad, a trainable tensor that is no parameter of the
             model or of `loss_fn` takes part, or the model is random in evaluation mode (`F.dropout` left on).
         RuntimeError: within forward-mode AD, `torch.func` transforms or inference mode; in backward, at a second
-            derivative, or a second backward without `retain_graph=True` or within DistributedDataParallel.
+            derivative, a second backward without `retain_graph=True` or within DistributedDataParallel, and where a
+            DistributedDataParallel holds the model but the penalty is not called through it.
     """
     check_arguments(x, y, h, power, batch_stats, loss_at, direction)
     model = unwrap(model)
@@ -103,7 +104,7 @@ def curvature(
     logits, (loss, penalty) = evaluation.logits, attach(chosen, evaluation)
     if called is not None:
         logits, loss = called[0].detach(), called[1]
-    return Curvature(logits, *sent_backward_once(loss, penalty))
+    return Curvature(logits, *averaged_once((model, loss_fn), loss, penalty))
 
 
 def evaluate(
@@ -126,6 +127,7 @@ def evaluate(
     With `batch_norms_train` the flags of batch norms stay as they are, and if `moves` their statistics move once.
     Without `penalised` the penalty is 0, and costs nothing.
     """
+    refuse_wrappers_within(model, loss_fn)
     chosen = engine_called(engine) if penalised else _loss_only
     norms = training_norms(model, loss_fn) if batch_norms_train else []
     if norms:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from functools import cache
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_living: WeakSet[DistributedDataParallel] = WeakSet()
+"""Every DistributedDataParallel of this process that was made since this file was imported, or that was looked for."""
 
 
 def refuse_static_graph() -> None:
@@ -19,16 +28,72 @@ def refuse_static_graph() -> None:
         )
 
 
-def sent_backward_once(*values: Tensor) -> tuple[Tensor, ...]:
-    """Return `values`; in a DistributedDataParallel, which averages in the first backward alone, a second one raises.
+def refuse_wrappers_within(*roots: object) -> None:
+    """Raise if a part of a model or of its loss averages gradients by itself, and so before they are all there."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it there is none
+    kinds = (DistributedDataParallel, DataParallel, *([fsdp.FullyShardedDataParallel] if fsdp else []))
+    for name, module in (named for root in roots if isinstance(root, nn.Module) for named in root.named_modules()):
+        if isinstance(module, kinds):
+            kind = type(module).__name__
+            raise TypeError(
+                f"the model must have no {kind} in it, got one at {name!r}: its gradients would not be averaged; take "
+                "the module inside it, and wrap the regulariser, DistributedDataParallel(CURE(model))"
+            )
 
-    Under its `no_sync`, where nothing is averaged, there may be as many as one likes.
+
+def averaged_once(roots: tuple[object, ...], *values: Tensor) -> tuple[Tensor, ...]:
+    """Return `values`, whose backward raises where a DistributedDataParallel would not average their gradients.
+
+    It averages in the first backward after a forward of its own. So a second backward raises; and where it holds
+    parameters of one of the modules `roots`, but the penalty was not called through it, the first one does. Under its
+    `no_sync`, where nothing is averaged, every backward is allowed.
     """
+    if not (torch.is_grad_enabled() and any(value.requires_grad for value in values)):
+        return values
     around = DistributedDataParallel._active_ddp_module
-    averages = around is not None and around.require_backward_grad_sync
-    if averages and torch.is_grad_enabled() and any(value.requires_grad for value in values):
+    if (passed_by := _passed_by(roots, around)) is not None:
+        return _Refused.apply(ref(passed_by), *values)
+    if around is not None and around.require_backward_grad_sync:
         return _Once.apply(*values)
     return values
+
+
+def _passed_by(roots: tuple[object, ...], around: DistributedDataParallel | None) -> DistributedDataParallel | None:
+    """Return a DistributedDataParallel that should average gradients of `roots`, and whose forward this is not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    _look_for_earlier_ones()
+    others = [other for other in _living if other is not around and _averages(other)]
+    if not others:
+        return None
+    parameters = (p for root in roots if isinstance(root, nn.Module) for p in root.parameters())
+    left = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    if around is not None:
+        left -= {id(parameter) for parameter in around._module_parameters}
+    return next((other for other in others if not left.isdisjoint(map(id, other._module_parameters))), None)
+
+
+def _averages(wrapper: DistributedDataParallel) -> bool:
+    """Tell whether it awaits a forward of its own to average; the reducer in Python averages whatever arrives."""
+    if wrapper._use_python_reducer or not wrapper.require_backward_grad_sync:
+        return False
+    return dist.get_world_size(wrapper.process_group) > 1
+
+
+def _remember(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if isinstance(module, DistributedDataParallel):
+        _living.add(module)
+
+
+register_module_module_registration_hook(_remember)
+
+
+@cache
+def _look_for_earlier_ones() -> None:
+    """Find those that were made before this file was imported; it takes some 0.1 s, once."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel):
+            _living.add(thing)
 
 
 class _Once(torch.autograd.Function):
@@ -47,3 +112,23 @@ class _Once(torch.autograd.Function):
             )
         ctx.sent = True
         return gradients
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, passed_by: ref[DistributedDataParallel], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.passed_by = passed_by
+        ctx.set_materialize_grads(False)
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        gc.collect()  # nobody may hold it any more
+        if (wrapper := ctx.passed_by()) is None:
+            return None, *gradients
+        raise RuntimeError(
+            f"the model is in a DistributedDataParallel of {dist.get_world_size(wrapper.process_group)} processes, and "
+            "the penalty was not called through it, so its gradients would not be averaged and the processes would "
+            "drift apart: wrap the regulariser, ddp = DistributedDataParallel(CURE(model)), and call ddp(x, y); if you "
+            "average gradients yourself, call the penalty under the no_sync() of that DistributedDataParallel"
+        )

@@ -1,8 +1,12 @@
 """The module: its total, its settable weights, its parameters."""
 
+from typing import Any
+
 import pytest
 import torch
 from networks import NETWORKS, make
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastcure import CURE, curvature, eps_to_h, h_to_eps
 
@@ -45,6 +49,77 @@ def test_weights_out_of_range_are_refused_when_set(name: str, value: float) -> N
     cure = CURE(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=f"{name} must be .* 0, got {value}"):
         setattr(cure, name, value)
+
+
+def test_a_microbatch_out_of_range_is_refused_when_set() -> None:
+    cure = CURE(torch.nn.Linear(2, 2), microbatch=4)
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"microbatch must be >= 1, or None for the whole batch, got {value}"):
+            cure.microbatch = value
+    assert cure.microbatch == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("gama", "gamma"), ("Gamma", "gamma"), ("H", "h"), ("batchstats", "batch_stats"), ("micro_batch", "microbatch"),
+        ("fractoin", "fraction"), ("engin", "engine"), ("lossfn", "loss_fn"), ("powr", "power"), ("loss_t", "loss_at"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_setting_is_an_error(name: str, meant: str) -> None:
+    cure = CURE(nn.Linear(2, 2))
+    with pytest.raises(AttributeError, match=f"CURE has no setting '{name}': did you mean '{meant}'"):
+        setattr(cure, name, 1)
+    assert name not in vars(cure)
+
+
+def test_other_attributes_may_be_set() -> None:
+    cure = CURE(nn.Linear(2, 2))
+    for name in ("gammas", "gamma_max", "_gama", "name", "step", "h0", "epoch", "power_of_ten"):
+        setattr(cure, name, 1)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *batch: torch.Tensor) -> Any:
+        return self.module(*batch)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, AveragedModel])
+def test_a_setting_on_a_wrapper_is_refused(wrap: type[Any]) -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    wrapper: Any = wrap(CURE(case.model, h=0.5))
+    out = wrapper(case.x, case.y)
+    for name, value in {"gamma": 0.0, "loss_fn": nn.Identity(), "h": torch.tensor(0.1)}.items():
+        setattr(wrapper, name, value)
+        with pytest.raises(ValueError, match=f"{name} was set to .* on the {wrap.__name__} around CURE"):
+            wrapper(case.x, case.y)
+        delattr(wrapper, name)
+    wrapper.gamma, wrapper.module.gamma = 1.0, 1.0
+    torch.testing.assert_close(wrapper(case.x, case.y).total, out.loss + out.penalty)
+
+
+def test_a_setting_on_a_compiled_module_arrives() -> None:
+    cure: Any = CURE(nn.Linear(2, 2))
+    compiled = torch.compile(cure, backend="eager")
+    compiled.gamma = 0.5
+    assert cure.gamma == 0.5
+
+
+def test_a_wrapper_in_the_model_is_refused() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    sharded = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # made in earnest, it needs a GPU
+    nn.Module.__init__(sharded)
+    for model, kind in (
+        (nn.Sequential(nn.Linear(4, 3), nn.DataParallel(nn.Linear(3, 3))), "DataParallel"),
+        (nn.Sequential(nn.Linear(4, 3), sharded), "FullyShardedDataParallel"),
+    ):
+        with pytest.raises(TypeError, match=f"must have no {kind} in it, got one at '1'"):
+            CURE(model)(torch.rand(2, 4), torch.tensor([0, 1]))
 
 
 def test_lengths_and_pixel_steps_convert_both_ways() -> None:
