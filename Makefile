@@ -8,9 +8,12 @@ FUZZ   ?= 15
 FUZZ_SEED ?= $(shell date +%s)
 # glibc gives freed memory back to the system at once; on a CPU, faulting it in again takes a tenth of a step.
 KEEP   := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
+PART   ?=
+SAMPLE ?= 12
+JOBS   ?= 2
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test fuzz soak torchrun-soak lint bench
+.PHONY: demo test fuzz soak torchrun-soak mutate lint bench
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -36,6 +39,11 @@ soak: $(VENV)/installed
 # Runs of two processes beside two busy ones: each must end with status 0, its files whole.
 torchrun-soak: $(VENV)/installed
 	$(BIN)/python benchmarks/finished_runs.py --runs 50 --busy 2
+
+# Small faults put into the code, one at a time: which do the tests notice? PART=attacks for one part (pyproject.toml has
+# them), SAMPLE=all for every fault instead of a seeded sample for each file, JOBS for the processes at a time.
+mutate: $(VENV)/installed
+	$(BIN)/python tests/mutation/mutate.py $(PART) --sample $(SAMPLE) --jobs $(JOBS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def load_model(
     *,
     classes: int = 10,
     channels: int = 3,
+    log: Callable[[str], object] | None = None,
 ) -> nn.Module:
     """Make the network called `name` and load its weights.
 
@@ -33,6 +34,7 @@ def load_model(
         mean, std: of each channel (or one for all), in pixels in [0, 1]; put in front of a network that does not
             normalise its input itself. Bundled networks do, by numbers in their checkpoint.
         classes, channels: of a bundled network.
+        log: as in `load_weights`.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -48,7 +50,7 @@ def load_model(
     else:
         model = _call(name)
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        load_weights(model, checkpoint, log)
     if name in MODELS or mean is None or std is None:
         return model
     return nn.Sequential(Normalize(channels, mean, std), model)

@@ -46,7 +46,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     assert settings.dataset is not None
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
-    make = partial(load_model, settings.model, classes=data.classes, channels=x.shape[1])
+    make = partial(load_model, settings.model, classes=data.classes, channels=x.shape[1], log=say)
     weights: dict[str, str | None] = {"after CURE" if settings.run else settings.model: settings.checkpoint}
     if settings.twin is not None:
         weights = {"before CURE" if settings.run else "twin": settings.twin, **weights}

@@ -56,7 +56,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     assert settings.dataset is not None
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     shape = data.x_test.shape[1:]
-    make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1])
+    make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1], log=say)
     model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, shape, ranks.device)
     twin = None
     if settings.checklist and settings.twin is not None:

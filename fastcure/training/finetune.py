@@ -76,7 +76,7 @@ def _finetune(
     if folder.checkpoint.exists():
         run.restore()
     elif settings.checkpoint is not None:
-        load_weights(model, settings.checkpoint)
+        load_weights(model, settings.checkpoint, say)
     progress = run.progress
     ranks.agree(data=progress.data, phase=progress.phase, epoch=progress.epoch, step=progress.step)
     if folder.checkpoint.exists():

@@ -132,7 +132,7 @@ class Run:
         self.ranks.copy_from_first(self.model.state_dict().values())
         self._epoch_began_at = self._generator.get_state()
         self._save()
-        if cured and not progress.epoch:
+        if cured and not progress.track:  # a run that was stopped in its first epoch has the row already
             progress.track = self._tracked()
         while progress.epoch < epochs:
             title = f"{progress.phase} {progress.epoch + 1}/{epochs}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from fastcure.training.state_dict import find_state_dict, fit_names, misfit
 
 MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite")
 """Settings in which a resumed run may differ from its beginning: where things are, and what to do in distress."""
@@ -178,8 +181,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str], log: Callable[[str], object] | None = None) -> None:
     """Load a state dict from `.safetensors`, or from a `.pt` or `.pth` file that holds tensors and nothing else.
+
+    It may be nested in what a training script saved, and its names may have prefixes (`module.`, `_orig_mod.`, ...).
+
+    Args:
+        model: takes the weights.
+        path: of the file.
+        log: takes one line that says what was done to find the state dict and fit its names, if anything was.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -189,18 +199,30 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist: give a .safetensors, .pt or .pth file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
+        content = _read_weights(path)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {path} cannot be read as weights ({reason}): is it whole?") from error
     try:
+        state, done = find_state_dict(content)
+        state, fitted = fit_names(state, model)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} does not fit the model: {error}") from error
+    done += fitted
+    try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"checkpoint {path} does not fit the model: {reason}") from error
+        reason = misfit(state, model) or " ".join(str(error).split())[:300]
+        after = f" (after what fastcure did: {'; '.join(done)})" if done else ""
+        raise ValueError(f"checkpoint {path} does not fit the model: {reason}{after}") from error
+    if done and log is not None:
+        log(f"checkpoint {path}: {'; '.join(done)}")
+
+
+def _read_weights(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of timm's and torchvision's scripts
+        return torch.load(path, map_location="cpu", weights_only=True)

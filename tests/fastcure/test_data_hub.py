@@ -81,7 +81,7 @@ def test_grey_stays_grey_and_mixed_becomes_colour(tmp_path: Path) -> None:
 def test_parquet_with_class_label_and_validation(library: Any, tmp_path: Path) -> None:
     features = {
         "img": library.Image(),
-        "species": library.ClassLabel(names=["a", "b", "c"]),
+        "species": library.ClassLabel(names=["a", "b", "c", "without images"]),
         "note": library.Value("string"),
     }
     train = {"img": [picture(i) for i in range(3)], "species": [2, 0, 0], "note": ["", "x", "y"]}
@@ -89,7 +89,7 @@ def test_parquet_with_class_label_and_validation(library: Any, tmp_path: Path) -
     data = load(write_parquet(library, tmp_path / "zoo", features, train=train, validation=validation))
     assert data.y_train.tolist() == [2, 0, 0]
     assert data.y_test.tolist() == [1]
-    assert data.classes == 3
+    assert data.classes == 4
     assert (data.x_test[0].permute(1, 2, 0).numpy() == np.asarray(picture(5))).all()
 
 
@@ -134,6 +134,13 @@ def test_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:
     pictures = {**dict.fromkeys(NAMES, picture(0)), NAMES[1]: deep}
     with pytest.raises(ValueError, match=r"image 1 must have 8 bits a channel, got Pillow mode I"):
         load(write_folder(tmp_path / "pets", pictures))
+
+
+def test_an_image_that_is_missing(library: Any, tmp_path: Path) -> None:
+    features = {"image": library.Image(), "label": library.ClassLabel(names=["a"])}
+    columns = {"image": [picture(0), None], "label": [0, 0]}
+    with pytest.raises(ValueError, match=r"image 1 must have 8 bits a channel, got none"):
+        load(write_parquet(library, tmp_path / "set", features, train=columns, test=columns))
 
 
 def test_nothing_is_looked_up_on_the_network(tmp_path: Path) -> None:

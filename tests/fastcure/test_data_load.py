@@ -1,5 +1,6 @@
 """Names, the checks common to all formats, and what importing the package brings in."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from fastcure.data import Dataset, load
 from fastcure.data.dataset import Split, checked
+from fastcure.data.files import read_exactly
 
 
 def split(count: int = 4, *, label: int = 0, size: int = 8) -> Split:
@@ -36,7 +38,7 @@ def test_unknown_name_lists_the_known(name: str) -> None:
 )
 def test_a_missing_package_names_the_extra(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf'{module} is needed.*pip install "fastcure\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match=rf'{module} is needed.*pip install "fastcure\[train\]"$'):
         load(name)
 
 
@@ -74,7 +76,14 @@ def test_checked_refuses(train: Split, test: Split, message: str) -> None:
         checked("mine", train, test, classes=10)
 
 
+@pytest.mark.parametrize(("labels", "classes"), [([0, 0, 0, 0], 1), ([3, 1, 2, 0], 4)])
+def test_checked_counts_the_classes(labels: list[int], classes: int) -> None:
+    assert checked("mine", (split()[0], np.array(labels)), split()).classes == classes
+
+
 def test_checked_refuses_classes_without_images() -> None:
+    with pytest.raises(ValueError, match="labels reach 4 with only 4 training images"):
+        checked("mine", split(label=4), split())
     with pytest.raises(ValueError, match="labels reach 1000000 with only 4 training images"):
         checked("mine", split(label=1_000_000), split())
 
@@ -84,3 +93,16 @@ def test_checked_does_not_wrap_large_unsigned_labels() -> None:
     labels = np.full(4, 2**64 - 1, np.uint64)
     with pytest.raises(ValueError, match=r"got 18446744073709551615\.\.18446744073709551615"):
         checked("mine", (x, labels), split(), classes=10)
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_a_payload_that_arrives_in_pieces(most: int) -> None:
+    class Pieces(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(most, size if size is not None and size >= 0 else most))
+
+    assert read_exactly(Pieces(b"0123456789"), 10) == b"0123456789"
+    with pytest.raises(ValueError, match="announces 11 bytes and holds only 10"):
+        read_exactly(Pieces(b"0123456789"), 11)
+    with pytest.raises(ValueError, match="announces 9 bytes and holds more"):
+        read_exactly(Pieces(b"0123456789"), 9)

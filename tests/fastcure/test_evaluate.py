@@ -165,6 +165,16 @@ def test_a_network_from_outside(place: Place, name: str) -> None:
     assert found["fgsm"]["0.02"] == right(place.outside, attacked, place.y)
 
 
+def test_a_checkpoint_of_another_tool(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"module." + name: value for name, value in place.outside.state_dict().items()}
+    torch.save({"model": state}, "foreign.pt")
+    flags = ["--model", "outside_networks:network", "--checkpoint", "foreign.pt", "--dataset", "npz:data.npz"]
+    found = place.results(*flags, "--eps", "0.02")
+    assert found["clean"] == right(place.outside, place.x, place.y)
+    words = "checkpoint foreign.pt: took 'model'; took the prefix 'module.' off the names"
+    assert capsys.readouterr().out.count(words) == 1
+
+
 def test_mean_and_std_stand_in_front_of_a_network_from_outside(place: Place) -> None:
     numbers = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
     normalized = nn.Sequential(Normalize(3, *numbers), place.outside)

@@ -98,7 +98,9 @@ def test_a_folder_that_holds_a_run_is_refused(run: Path, npz: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
-def test_a_checkpoint_takes_the_place_of_normal_training(run: Path, npz: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_checkpoint_takes_the_place_of_normal_training(
+    run: Path, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
     state = load_file(run / "original.safetensors")
     path = tmp_path / f"weights{suffix}"
     if suffix == ".safetensors":
@@ -106,6 +108,7 @@ def test_a_checkpoint_takes_the_place_of_normal_training(run: Path, npz: Path, t
     else:
         torch.save({"state_dict": state} if suffix == ".pth" else state, path)
     assert finetune(npz, tmp_path / "out", "--checkpoint", str(path)) == 0
+    assert capsys.readouterr().out.count(f"checkpoint {path}: took 'state_dict'") == (suffix == ".pth")
     assert (tmp_path / "out" / "original.safetensors").read_bytes() == (run / "original.safetensors").read_bytes()
     assert read(tmp_path / "out", "metrics.json")["before"] == read(run, "metrics.json")["before"]
     assert {row["phase"] for row in history(tmp_path / "out")} == {"cure"}

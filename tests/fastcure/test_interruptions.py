@@ -147,6 +147,32 @@ def test_a_signal_in_training(
     check_equal(tmp_path / "out", whole)
 
 
+def test_a_signal_in_any_epoch_leaves_the_track_as_it_would_be(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finetune(npz, tmp_path / "whole", "--track", "8") == 0
+    pause = Run._pause
+    for step in (4, 6):  # the first and the last of the first epoch of CURE
+        taken: list[int] = []
+
+        def signalled(run: Run, step: int = step, taken: list[int] = taken) -> None:
+            taken.append(1)
+            if len(taken) == step:
+                signal.raise_signal(signal.SIGTERM)
+            pause(run)
+
+        out = tmp_path / f"stopped-{step}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "_pause", signalled)
+            assert finetune(npz, out, "--track", "8") == 143
+        assert finetune(npz, out, "--resume") == 0
+        assert contents(out).keys() == contents(tmp_path / "whole").keys()
+        for name in ("track.csv", "history.csv"):
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        epochs = [line.split(",")[0] for line in (out / "track.csv").read_text().splitlines()]
+        assert epochs == ["epoch", "0", "1", "2"]
+
+
 @pytest.mark.parametrize("call", [1, 2, 3, 5])
 def test_a_signal_in_an_evaluation(
     npz: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
