@@ -67,6 +67,15 @@ def test_stays_in_the_ball_and_the_box(case: Case, norm: str, per_sample: bool) 
     assert not adv.requires_grad
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_model_sees_no_point_outside_the_box(case: Case, norm: str) -> None:
+    seen: list[Tensor] = []
+    case.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    pgd(case.model, 0.4 + 0.2 * case.x, case.y, eps=0.5, steps=3, norm=norm, restarts=2, bounds=(0.4, 0.6))
+    assert len(seen) >= 8
+    assert all(0.4 <= point.min() and point.max() <= 0.6 for point in seen)
+
+
 def test_restarts_keep_the_best_of_each_sample(case: Case) -> None:
     def attack(restarts: int) -> Tensor:
         return pgd(*case, eps=0.02, steps=2, restarts=restarts, generator=torch.Generator().manual_seed(3))
@@ -209,7 +218,8 @@ def test_a_gradient_that_is_not_a_number_is_reported(case: Case, norm: str) -> N
     ("options", "message"),
     [
         ({"eps": -0.1}, "eps must be >= 0, got -0.1"),
-        ({"eps": torch.ones(3)}, r"shape \(8,\), got shape \(3,\)"),
+        ({"eps": torch.ones(3)}, r"^eps .*shape \(8,\), got shape \(3,\)"),
+        ({"step_size": torch.ones(3)}, r"^step_size .*shape \(8,\), got shape \(3,\)"),
         ({"step_size": float("nan")}, "step_size must be >= 0, got nan"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"restarts": 0}, "restarts must be >= 1, got 0"),

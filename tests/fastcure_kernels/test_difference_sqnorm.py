@@ -60,6 +60,7 @@ def test_one_gradient(device, close, wanted):
 def test_mixed_dtypes(device, close, dtype):
     a, b = torch.randn(2, 3, 33).to(device)
     check(a.bfloat16(), b.to(dtype), close)
+    check(b.to(dtype), a.bfloat16(), close)
 
 
 def test_expanded_operand_and_weight(device, close):

@@ -81,8 +81,11 @@ def test_unknown_backend(monkeypatch):
 
 
 @EACH
-def test_auto_takes_the_twin_on_cpu(monkeypatch, name):
-    monkeypatch.setenv("FASTCURE_BACKEND", "auto")
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_auto_the_default_takes_the_twin_on_cpu(monkeypatch, name, choice):
+    monkeypatch.delenv("FASTCURE_BACKEND", raising=False)
+    if choice:
+        monkeypatch.setenv("FASTCURE_BACKEND", choice)
     with torch.autograd.profiler.profile() as profile:
         OPERATORS[name](images())
     assert not [event.name for event in profile.function_events if "fastcure::" in event.name]

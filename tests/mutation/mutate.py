@@ -57,7 +57,7 @@ OPTIONS = [
     *("-q", "-x", "-m", "not gpu", "-o", "addopts=", "--import-mode=importlib", "--tb=line", "-rfE"),
     *("-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "--hypothesis-seed=0"),
 ]
-SECONDS_OF_TESTS = 40.0
+SECONDS_OF_TESTS = 20.0
 """The tests tried on one fault are as many as pass in this time."""
 
 
