@@ -73,7 +73,7 @@ def test_the_model_sees_no_point_outside_the_box(case: Case, norm: str) -> None:
     case.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     pgd(case.model, 0.4 + 0.2 * case.x, case.y, eps=0.5, steps=3, norm=norm, restarts=2, bounds=(0.4, 0.6))
     assert len(seen) >= 8
-    assert all(0.4 <= point.min() and point.max() <= 0.6 for point in seen)
+    assert all(point.min() >= 0.4 and point.max() <= 0.6 for point in seen)
 
 
 def test_restarts_keep_the_best_of_each_sample(case: Case) -> None:
@@ -135,6 +135,19 @@ def test_a_loss_that_is_not_a_number_in_one_restart_is_reported() -> None:
     pgd(Fragile(), x, y, 0.1, restarts=5)
     with pytest.raises(FloatingPointError, match="the loss or its gradient of 4 of 4 samples is NaN"):
         pgd(Fragile(), x, y, 0.3, restarts=5)
+
+
+def test_a_gradient_that_is_not_a_number_in_one_restart_is_reported() -> None:
+    class NaNAtFirst(nn.Module):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return torch.cat([x, 1 - x], 1) * (torch.nan if self.passes == 1 else 1.0)
+
+    x, y = torch.full((4, 1), 0.5), torch.ones(4, dtype=torch.int64)
+    with pytest.raises(FloatingPointError, match="the loss or its gradient of 4 of 4 samples is NaN"):
+        pgd(NaNAtFirst(), x, y, 0.1, steps=1, restarts=3)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

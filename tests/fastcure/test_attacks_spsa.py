@@ -48,6 +48,15 @@ def test_the_estimate_is_the_mean_of_two_sided_differences_along_signs() -> None
     torch.testing.assert_close(adv, x + 0.03 * model.weight.sign())
 
 
+def test_the_points_compared_are_a_hundredth_away_by_default() -> None:
+    model, x, y = Linear(5.0), torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    spsa(model, x, y, 0.1, steps=1, samples=4)
+    for points in seen[1:]:  # the first pass asks which samples are misclassified already
+        torch.testing.assert_close((points - 0.5).abs(), torch.full_like(points, 0.01))
+
+
 def test_a_sample_stops_where_it_is_first_misclassified() -> None:
     model, x, y = Linear(-0.7), torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64)  # score 0.3 - 1 at x
     x[0], x[1] = torch.tensor([0.9, 0.1, 0.9, 0.1]), torch.tensor([0.2, 0.5, 0.5, 0.5])
@@ -112,19 +121,33 @@ def test_an_output_that_is_not_a_number_is_reported(case: Case) -> None:
         spsa(*case)
 
 
+def test_an_estimate_that_was_once_not_a_number_is_reported() -> None:
+    class NaNOnce(Linear):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1  # the first asks for the loss, the second for an estimate
+            return super().forward(x.nan_to_num(0.5)) * (torch.nan if self.passes == 2 else 1.0)
+
+    x, y = torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(FloatingPointError, match="3 of 3 samples is NaN"):
+        spsa(NaNOnce(5.0), x, y, 0.1, steps=3, samples=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"eps": -0.1}, "eps must be >= 0, got -0.1"),
+        ({"step_size": -0.1}, "step_size must be >= 0, got -0.1"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"samples": 0}, "samples must be >= 1, got 0"),
         ({"delta": 0.0}, "delta must be > 0, got 0.0"),
         ({"chunk_size": 1}, "chunk_size must be >= 2"),
-        ({"bounds": (1.0, 0.0)}, "lower < upper"),
+        ({"bounds": (1.0, 0.0)}, "bounds must be .* lower < upper"),
     ],
 )
 def test_bad_input_is_one_clear_error(case: Case, options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         spsa(*case, **options)
 
 
