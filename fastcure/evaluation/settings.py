@@ -119,5 +119,10 @@ def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
         found = {name: config[name] for name in ("model", "dataset", "data_dir")} | {"eps": tuple(config["eps"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the settings of a run: {type(error).__name__} {error}") from error
+    if found["model"] not in MODELS and "model" not in explicit:  # finetune writes no other; a file is not to run code
+        raise ValueError(
+            f"{path} names the model {found['model']!r}, and only {', '.join(MODELS)} are made at a file's word: give "
+            "your own as --model package.module:function"
+        )
     twin = run / "original.safetensors"
     return {**found, "checkpoint": str(run / "model.safetensors"), "twin": str(twin) if twin.is_file() else None}

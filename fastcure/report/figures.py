@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastcure.analysis import LossSurface
+from fastcure.figure_text import as_written, label
 from fastcure.report.measures import Row
 
 # Okabe and Ito.
@@ -52,6 +53,7 @@ def draw_surfaces(planes: list[tuple[str, LossSurface]], path: Path) -> None:
         below.set(xlabel="along the boundary's normal, L2", ylabel="along a random direction, L2")
         below.legend(frameon=True, loc="upper right")
         figure.colorbar(filled, ax=below, label="-loss", format="%.1f")
+    as_written(figure)
     figure.savefig(path, dpi=130)
 
 
@@ -112,13 +114,14 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
         each.legend(frameon=False)
+    as_written(figure)
     figure.savefig(path, dpi=150)
 
 
 def _by_model(rows: list[Row]) -> dict[str, list[Row]]:
     models: dict[str, list[Row]] = {}
     for row in rows:
-        models.setdefault(row["model"], []).append(row)
+        models.setdefault(label(row["model"]), []).append(row)
     return models
 
 

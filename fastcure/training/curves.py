@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import IO, Any
 
+from fastcure.figure_text import as_written
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 
@@ -52,4 +54,5 @@ def draw_curves(
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    as_written(figure)
     figure.savefig(file, dpi=150, metadata={"Software": None})

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcure import __version__
 from fastcure.data import Dataset, load
@@ -98,18 +98,24 @@ def _finetune(
     if ranks.first:
         folder.write_weights("model.safetensors", model)
     metrics = {"before": progress.before or {}, "after": run.evaluate("after CURE")}
+    warnings = collapse(metrics, data.y_test)
     if ranks.first:
-        picture = io.BytesIO()
-        draw_curves(progress.history, metrics, picture, data.name)
-        folder.write("curves.png", picture.getvalue())
         folder.write_json("metrics.json", metrics)
-        folder.write_json(
-            "environment.json",
-            {**environment(ranks.device), "microbatch": progress.microbatch, "seconds": progress.seconds},
-        )
+        try:
+            picture = io.BytesIO()
+            draw_curves(progress.history, metrics, picture, data.name)
+        except Exception as error:  # the results are there without it
+            reason = " ".join(str(error).split())[:200]
+            warnings.append(f"curves.png could not be drawn ({type(error).__name__}: {reason})")
+        else:
+            folder.write("curves.png", picture.getvalue())
+        found = {"microbatch": progress.microbatch, "seconds": progress.seconds, "warnings": warnings}
+        folder.write_json("environment.json", {**environment(ranks.device), **found})
         folder.finish()
     say(table(metrics))
-    say(f"results in {folder.path} (curves.png is the picture)")
+    for warning in warnings:
+        say(f"warning: {warning}")
+    say(f"results in {folder.path}")
     return metrics
 
 
@@ -163,6 +169,32 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
     }
+
+
+def collapse(metrics: dict[str, Metrics], y_test: Tensor) -> list[str]:
+    """Say what is wrong with a network that learnt nothing, or lost much of its clean accuracy to CURE.
+
+    Clean accuracy is compared with that of a constant answer, the most frequent class. CURE may take a quarter of what
+    the network had above it; more is taken for a collapse, if it is twice the standard error of the difference.
+
+    Args:
+        metrics: accuracies before and after.
+        y_test: labels of the test images.
+    """
+    chance = float(y_test.bincount().max()) / len(y_test)
+    before, after = (metrics[name]["clean"] for name in ("before", "after"))
+    noise = 2 * (sum(p * (1 - p) for p in (before, after)) / len(y_test)) ** 0.5
+    if before <= chance:
+        return [
+            f"before CURE, clean accuracy is {before:.1%}, no better than the most frequent class ({chance:.1%}): give "
+            "normal training more --pretrain-epochs or another --pretrain-lr, or start from a --checkpoint"
+        ]
+    if before - after > max((before - chance) / 4, noise):
+        return [
+            f"clean accuracy fell from {before:.1%} to {after:.1%} (the most frequent class has {chance:.1%}): lower "
+            "--gamma, let it climb more slowly, lower --lr, or give normal training more --pretrain-epochs"
+        ]
+    return []
 
 
 def table(metrics: dict[str, Metrics]) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,31 @@ def test_a_checkpoint_of_another_tool(place: Place, capsys: pytest.CaptureFixtur
     assert found["clean"] == right(place.outside, place.x, place.y)
     words = "checkpoint foreign.pt: took 'model'; took the prefix 'module.' off the names"
     assert capsys.readouterr().out.count(words) == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "report", "finetune"])
+def test_a_run_s_folder_runs_no_code(place: Place, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    run = place.path / f"hostile-{command}"
+    shutil.copytree(place.path / "run", run)
+    config = json.loads((run / "config.json").read_text())
+    config |= {"model": "hostile_networks:build", "h": "1", "epochs": 1}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.json").write_text("{}")
+    code = "from pathlib import Path\nPath('ran').touch()\nfrom outside_networks import network as build\n"
+    (place.path / "hostile_networks.py").write_text(code)
+    flags = {"report": [str(run)], "finetune": ["--resume", "--out", str(run)]}.get(command, ["--run", str(run)])
+    assert main([command, *flags]) == 2
+    assert not (place.path / "ran").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "hostile_networks:build" in error
+    if command in ("evaluate", "analyze"):
+        assert "give your own as --model package.module:function" in error
+
+
+def test_a_network_of_ones_own_for_a_run_is_the_user_s_word(place: Place) -> None:
+    flags = ["--run", "run", "--model", "outside_networks:network", "--checkpoint", "outside.pt", "--eps", "0.02"]
+    assert place.results(*flags)["clean"] == right(place.outside, place.x, place.y)
 
 
 def test_mean_and_std_stand_in_front_of_a_network_from_outside(place: Place) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastcure.cli import main
 from fastcure.models import resnet8
+from fastcure.training.finetune import collapse
 from fastcure.training.settings import make_settings
 
 FILES = [
@@ -223,6 +224,38 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(npz: Path, tmp_path: Path) -> 
 def test_divergence_stops_with_what_to_try(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune(npz, tmp_path / "out", "--gamma", "1e30", "--lr", "1e10") == 1
     assert "lower --lr or --gamma" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "labels", "words"),
+    [
+        (0.90, 0.25, [250] * 4, "clean accuracy fell from 90.0% to 25.0% (the most frequent class has 25.0%): lower"),
+        (0.90, 0.70, [250] * 4, "clean accuracy fell from 90.0% to 70.0%"),
+        (0.25, 0.25, [250] * 4, "before CURE, clean accuracy is 25.0%, no better than"),
+        (0.80, 0.80, [900, 50, 50], "before CURE, clean accuracy is 80.0%, no better than the most frequent class"),
+        (0.99, 0.93, [900, 50, 50], "clean accuracy fell from 99.0% to 93.0% (the most frequent class has 90.0%)"),
+        (0.95, 0.83, [100] * 10, ""),  # the paper's, on CIFAR-10
+        (0.96, 0.91, [100] * 10, ""),  # and on SVHN
+        (0.90, 0.70, [5] * 4, ""),  # four of twenty images: by chance, perhaps
+        (0.50, 0.60, [250] * 4, ""),
+    ],
+)
+def test_a_collapse_is_told_from_a_price(before: float, after: float, labels: list[int], words: str) -> None:
+    metrics = {name: {"clean": clean, "pgd": {}} for name, clean in (("before", before), ("after", after))}
+    y = torch.arange(len(labels)).repeat_interleave(torch.tensor(labels))
+    found = collapse(metrics, y)
+    assert len(found) == bool(words)
+    assert all(words in warning for warning in found)
+
+
+def test_a_run_that_collapses_says_so(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--gamma", "100", "--lr", "0.1", "--pretrain-lr", "1e-2", "--eps", "0.1"]
+    assert finetune(npz, tmp_path / "out", *flags) == 0
+    metrics = read(tmp_path / "out", "metrics.json")
+    assert metrics["before"]["clean"] - metrics["after"]["clean"] > 0.3
+    assert capsys.readouterr().out.count("warning: clean accuracy fell from ") == 1
+    (warning,) = read(tmp_path / "out", "environment.json")["warnings"]
+    assert "lower --gamma" in warning
 
 
 def test_explicit_settings_win_over_the_preset_and_that_over_the_defaults() -> None:
