@@ -12,6 +12,7 @@ from types import ModuleType
 from fastcure.cure import CURE, CUREOutput
 from fastcure.curvature import Curvature, curvature
 from fastcure.prepare import explain, prepare
+from fastcure.rules import double_backward
 from fastcure.units import eps_to_h, h_to_eps
 
 __version__ = "0.1.0"
@@ -26,4 +27,15 @@ def __getattr__(name: str) -> ModuleType:
     raise AttributeError(f"module 'fastcure' has no attribute {name!r}")
 
 
-__all__ = ["CURE", "CUREOutput", "Curvature", "__version__", "curvature", "eps_to_h", "explain", "h_to_eps", "prepare"]
+__all__ = [
+    "CURE",
+    "CUREOutput",
+    "Curvature",
+    "__version__",
+    "curvature",
+    "double_backward",
+    "eps_to_h",
+    "explain",
+    "h_to_eps",
+    "prepare",
+]

@@ -1,0 +1,122 @@
+"""A context in which torch's operators have fast second derivatives, right to any order, whoever calls them.
+
+Rules stand at torch's Autograd dispatch key: below autocast, so that they see tensors already cast, and above the
+library's kernels, so that they see every call, from modules, functional code, scripted code or torch's own C++ (the
+inside of `nn.MultiheadAttention`). Where a rule does not apply, torch's own kernel runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastcure.rules import attention, batch_norm, convolution, hard_activations, row_norms
+
+Rule = Callable[..., Any]
+"""Takes the operator's arguments; returns what it returns, or NotImplemented for torch's own."""
+
+FILES = (attention, batch_norm, convolution, hard_activations, row_norms)
+RULES: dict[str, Rule] = {operator: rule for file in FILES for operator, rule in file.RULES.items()}
+KEYS = ("AutogradCPU", "AutogradCUDA")
+
+
+@contextmanager
+def double_backward() -> Iterator[None]:
+    """Give operators second-order rules of ours while the graph is built, in this thread.
+
+    For code that differentiates a gradient: gradient penalties (R1, WGAN-GP), energy models, meta-learning. Run the
+    forward, and the `torch.autograd.grad(..., create_graph=True)` that follows, inside; the last backward may run
+    anywhere. Values and first derivatives are those of torch.
+
+    | operator | what the rule changes |
+    | --- | --- |
+    | `conv1d..3d`, `conv_transpose1d..3d` | no convolution with a kernel as large as the image |
+    | `batch_norm`, `instance_norm` | fewer passes; right for one image in channels_last, where torch's are wrong |
+    | `layer_norm`, `group_norm` | fewer passes; right at third order, where torch's are wrong |
+    | `hardsigmoid`, `hardswish` | a second derivative, where torch has none |
+    | `scaled_dot_product_attention` | the kernel that has a second derivative |
+
+    In a transform of `torch.func`, under forward-mode AD, for subclasses of Tensor and for dtypes that a rule does not
+    know, torch's own operator runs. Other threads are not affected. Contexts may be nested. With activation
+    checkpointing, which runs the forward again, run the last backward inside as well.
+
+    Raises:
+        RuntimeError: in the backward, from `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    Example:
+        >>> import torch, fastcure
+        >>> critic, x = torch.nn.Conv2d(3, 1, 3), torch.rand(2, 3, 8, 8, requires_grad=True)
+        >>> with fastcure.double_backward():
+        ...     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        >>> g.square().sum().backward()
+    """
+    _install()
+    _here.depth += 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+        _remove()
+
+
+class _Depth(threading.local):
+    """How many contexts this thread is in."""
+
+    depth = 0
+
+
+_here = _Depth()
+_lock = threading.Lock()
+_open = 0
+_library: torch.library.Library | None = None
+
+
+def _install() -> None:
+    """Put the rules at their key: once for all threads, each of which asks `_here` whether they apply to it."""
+    global _open, _library
+    with _lock:
+        if not _open:
+            _library = torch.library.Library("aten", "IMPL")
+            for operator, rule in RULES.items():
+                for key in KEYS:
+                    original = torch.library.get_kernel(f"aten::{operator}", key)
+                    _library.impl(operator, _kernel(rule, original), key, with_keyset=True)
+        _open += 1
+
+
+def _remove() -> None:
+    """Take the rules away with the last context: calls elsewhere would pay for the way through Python."""
+    global _open, _library
+    with _lock:
+        _open -= 1
+        if not _open:
+            _library = None
+
+
+def _kernel(rule: Rule, original: Any) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if _here.depth and torch.is_grad_enabled() and _ordinary(args) and not _in_transform():
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return original.call_boxed(keys, *args, **kwargs)
+
+    return kernel
+
+
+def _ordinary(args: tuple[Any, ...]) -> bool:
+    """Tell whether gradients are wanted of tensors that the rules know."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return any(tensor.requires_grad for tensor in tensors) and all(
+        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_complex() for tensor in tensors
+    )
+
+
+def _in_transform() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

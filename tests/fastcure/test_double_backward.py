@@ -1,0 +1,359 @@
+"""Operators inside `fastcure.double_backward()`: values, and derivatives to the third order by finite differences."""
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from networks import relative
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import CheckpointError
+
+from fastcure import double_backward
+from fastcure.flops import FlopCounter
+
+Function = Callable[..., Tensor]
+
+
+def batch_norm(training: bool) -> Function:
+    """Of statistics that are made anew: in training mode they change in place. They are never in half precision."""
+
+    def run(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        mean, var = torch.linspace(-1, 1, x.shape[1]), torch.linspace(0.5, 2, x.shape[1])
+        if x.dtype == torch.float64:
+            mean, var = mean.double(), var.double()
+        return F.batch_norm(x, mean, var, weight, bias, training, 0.1, 1e-3)
+
+    return run
+
+
+OPERATORS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, 2, 1), [(2, 3, 7), (4, 3, 3), (4,)]),
+    "conv2d": (lambda x, w: F.conv2d(x, w, None, 2, 1), [(2, 3, 5, 4), (2, 3, 3, 3)]),
+    "conv2d-same": (lambda x, w, b: F.conv2d(x, w, b, padding="same", groups=2), [(2, 4, 3, 4), (2, 2, 1, 3), (2,)]),
+    "conv3d": (lambda x, w: F.conv3d(x, w, None, 1, 1), [(1, 2, 3, 2, 3), (2, 2, 2, 3, 2)]),
+    "conv_transpose1d": (lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1, 1), [(2, 3, 4), (3, 2, 3), (2,)]),
+    "conv_transpose2d": (
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 1), 1, (1, 0), 2, (1, 2)),
+        [(2, 4, 3, 3), (4, 1, 2, 3), (2,)],
+    ),
+    "batch_norm": (batch_norm(True), [(3, 2, 2, 3), (2,), (2,)]),
+    "batch_norm-no-bias": (batch_norm(True), [(5, 3), (3,)]),
+    "batch_norm-alone": (batch_norm(True), [(3, 2, 4)]),
+    "batch_norm-given": (batch_norm(False), [(2, 3, 2, 2), (3,), (3,)]),
+    "batch_norm-given-alone": (batch_norm(False), [(2, 3, 4)]),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (3, 2), w, b), [(2, 2, 3, 2), (3, 2), (3, 2)]),
+    "layer_norm-no-bias": (lambda x, w: F.layer_norm(x, (5,), w), [(3, 5), (5,)]),
+    "layer_norm-alone": (lambda x: F.layer_norm(x, (4,)), [(2, 4)]),
+    "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), [(2, 4, 3), (4,), (4,)]),
+    "group_norm-alone": (lambda x: F.group_norm(x, 1), [(2, 4, 2, 2)]),
+    "instance_norm": (lambda x, w, b: F.instance_norm(x, None, None, w, b), [(2, 3, 5), (3,), (3,)]),
+    "hardsigmoid": (lambda x: F.hardsigmoid(3 * x), [(2, 7)]),
+    "hardswish": (lambda x: F.hardswish(3 * x), [(2, 7)]),
+    "hardswish_": (lambda x: F.hardswish(3 * x, inplace=True), [(2, 7)]),
+    "attention": (F.scaled_dot_product_attention, [(2, 3, 2), (2, 4, 2), (2, 4, 3)]),
+    "attention-causal": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+        [(1, 3, 2), (1, 3, 2), (1, 3, 2)],
+    ),
+}
+jit = pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # forward mode is scripted in torch
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+
+
+def inputs_of(name: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in OPERATORS[name][1]]
+
+
+def ours(name: str) -> Function:
+    def run(*inputs: Tensor) -> Tensor:
+        with double_backward():
+            return OPERATORS[name][0](*inputs)
+
+    return run
+
+
+def gradients(run: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """First derivatives, with a graph."""
+    return torch.autograd.grad(run(*inputs).sin().sum(), inputs, create_graph=True)
+
+
+@every_operator
+def test_values_and_gradients_are_those_of_torch(name: str) -> None:
+    inputs = inputs_of(name)
+    a, b = ours(name), OPERATORS[name][0]
+    assert relative(a(*inputs), b(*inputs)) < 1e-14
+    limit = 1e-7 if name == "hardsigmoid" else 1e-13  # torch divides by 6 in single precision there
+    assert relative(gradients(a, *inputs), gradients(b, *inputs)) < limit
+
+
+@every_operator
+def test_second_derivatives_by_finite_differences(name: str) -> None:
+    assert torch.autograd.gradcheck(ours(name), inputs_of(name))
+    assert torch.autograd.gradgradcheck(ours(name), inputs_of(name))
+
+
+@every_operator
+def test_third_derivatives_by_finite_differences(name: str) -> None:
+    assert torch.autograd.gradgradcheck(lambda *inputs: gradients(ours(name), *inputs), inputs_of(name))
+
+
+def penalty_gradients(
+    model: nn.Module, x: Tensor, context: Callable[[], Any] = double_backward, inside: bool = False
+) -> list[Tensor]:
+    """Of ||d output / d x||^2, in the parameters; the last backward inside of the context or outside."""
+    model.zero_grad()
+    with context():
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
+        if inside:
+            g.square().sum().backward()
+    if not inside:
+        g.square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention`, whose inside is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.inner(x, x, x, need_weights=False)[0])
+
+
+class Hyper(nn.Module):
+    """A convolution whose weight is made of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.make = nn.Conv2d(3, 4, 3), nn.Linear(3, 108)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.make(x.mean((0, 2, 3))).view(4, 3, 3, 3)
+        return torch.func.functional_call(self.conv, {"weight": weight}, (x,)).tanh()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+class Frames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.conv, in_dims=2, out_dims=2)(torch.stack([x, x.flip(3)], 2)).tanh()
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, dtype=torch.complex128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.to(torch.complex128)).abs()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Conv2d(4, 2, 2), nn.GroupNorm(1, 2))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": network,
+    "evaluation mode": lambda: network().eval(),
+    "weight norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Tanh()),
+    "hyper-network": Hyper,
+    "vmap": Frames,
+    "complex": Complex,
+    "channels_last": lambda: network().to(memory_format=torch.channels_last),
+    "no batch": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Conv1d(6, 4, 3), nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_differentiated_as_by_torch(name: str) -> None:
+    model, x = MODELS[name]().double(), torch.rand(2, 3, 6, 7, dtype=torch.float64)
+    if name == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    other = copy.deepcopy(model)
+    found, truth = penalty_gradients(model, x), penalty_gradients(other, x, nullcontext)
+    assert relative(found, truth) < 1e-12
+    for buffer, wanted in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, wanted)
+
+
+def test_the_inside_of_attention_has_a_second_derivative() -> None:
+    model, x = Attention().double(), torch.rand(2, 3, 8, dtype=torch.float64)
+    found = penalty_gradients(copy.deepcopy(model), x)
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = penalty_gradients(model, x, nullcontext)
+    assert relative(found, truth) < 1e-12
+
+
+def test_activation_checkpointing_wants_the_backward_inside() -> None:
+    model, x = Checkpointed().double(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    found = penalty_gradients(copy.deepcopy(model), x, inside=True)
+    assert relative(found, penalty_gradients(copy.deepcopy(model), x, nullcontext)) < 1e-12
+    with pytest.raises(CheckpointError):
+        penalty_gradients(model, x)
+
+
+@jit
+def test_scripted_code() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double(), torch.rand(2, 3, 6, 6).double()
+    scripted = torch.jit.script(copy.deepcopy(model))
+    assert relative(penalty_gradients(scripted, x), penalty_gradients(model, x, nullcontext)) < 1e-12
+
+
+def test_compiled_code() -> None:
+    """A compiled part has no second derivative, inside the context as outside; its values and gradients are right."""
+    model, x = network().eval(), torch.rand(2, 3, 6, 6)
+    found = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        for context in (double_backward, nullcontext):
+            with context():
+                point = x.clone().requires_grad_()
+                found.append(torch.autograd.grad(run(point).sin().sum(), point)[0])
+    assert max(relative(other, found[0]) for other in found[1:]) < 1e-5
+    with double_backward(), pytest.raises(RuntimeError, match=r"double backward|donated buffers"):
+        penalty_gradients(torch.compile(model, backend="aot_eager"), x, nullcontext)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_the_dtypes_of_torch(name: str, dtype: torch.dtype) -> None:
+    inputs = inputs_of(name, torch.float32)
+    outputs = []
+    for run in (ours(name), OPERATORS[name][0]):
+        with torch.autocast("cpu", dtype):
+            out = run(*inputs)
+        outputs.append((out, torch.autograd.grad(out.float().sin().sum(), inputs)))
+    (a, ours_), (b, theirs) = outputs
+    assert a.dtype == b.dtype
+    assert [g.dtype for g in ours_] == [g.dtype for g in theirs]
+    epsilon = torch.finfo(a.dtype).eps
+    assert relative(a, b) < 4 * epsilon
+    assert relative(ours_, theirs) < 8 * epsilon
+
+
+@every_operator
+def test_half_precision_is_near_the_truth(name: str) -> None:
+    """Second derivatives of a bf16 network, against double precision at the same values."""
+    inputs = inputs_of(name, torch.bfloat16)
+    if name.startswith("batch_norm"):  # as under autocast: parameters are fp32
+        inputs[1:] = [t.detach().float().requires_grad_() for t in inputs[1:]]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    found, truth = (
+        torch.autograd.grad(sum(g.square().sum() for g in gradients(ours(name), *values)), values)
+        for values in (inputs, wide)
+    )
+    assert relative(found, truth) < 0.1
+
+
+def test_batched_gradients_are_refused() -> None:
+    x, w = torch.rand(1, 2, 4, 4, requires_grad=True), torch.rand(2, 2, 3, 3, requires_grad=True)
+    with double_backward():
+        y = F.conv2d(x, w)
+        with pytest.raises(RuntimeError, match=r"does not support is_grads_batched=True.*once for each gradient"):
+            torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)
+
+
+@jit
+def test_transforms_and_forward_mode_are_those_of_torch() -> None:
+    model, x = network().double().eval(), torch.rand(1, 3, 5, 5, dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        return model(x).sin().sum()
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    for call in (lambda: torch.func.grad(f)(x), lambda: torch.func.hessian(f)(x), tangent):
+        truth = call()
+        with double_backward():
+            assert relative(call(), truth) < 1e-12
+
+
+def test_a_thread_outside_of_the_context_has_torchs_operators() -> None:
+    x, w = torch.rand(1, 2, 4, 4), torch.rand(2, 2, 3, 3, requires_grad=True)
+    names: list[str] = []
+
+    def work() -> None:
+        names.append(F.conv2d(x, w).grad_fn.name())
+        with double_backward():
+            names.append(F.conv2d(x, w).grad_fn.name())
+
+    with double_backward():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        names.append(F.conv2d(x, w).grad_fn.name())
+    names.append(F.conv2d(x, w).grad_fn.name())
+    assert names == ["ConvolutionBackward0", "_ConvolutionBackward", "_ConvolutionBackward", "ConvolutionBackward0"]
+
+
+def test_two_threads_on_one_model() -> None:
+    model, x = network().double().eval(), torch.rand(4, 2, 3, 6, 6, dtype=torch.float64)
+    truths = [penalty_gradients(copy.deepcopy(model), images, nullcontext) for images in x]
+    parameters, found = list(model.parameters()), {}
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            with double_backward():
+                point = x[i].clone().requires_grad_()
+                (g,) = torch.autograd.grad(model(point).sin().sum(), point, create_graph=True)
+            found[i] = torch.autograd.grad(g.square().sum(), parameters, allow_unused=True)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(x))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for i, truth in enumerate(truths):
+        assert relative([g for g in found[i] if g is not None], truth) < 1e-12
+
+
+def test_contexts_nest_and_end_with_an_exception() -> None:
+    x, w = torch.rand(1, 2, 4, 4), torch.rand(2, 2, 3, 3, requires_grad=True)
+    with double_backward():
+        with pytest.raises(ZeroDivisionError), double_backward():
+            raise ZeroDivisionError
+        assert F.conv2d(x, w).grad_fn.name() == "_ConvolutionBackward"
+    assert F.conv2d(x, w).grad_fn.name() == "ConvolutionBackward0"
+
+
+def test_statistics_that_change_later_change_no_gradient() -> None:
+    model, x = network().double().eval(), torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    truth = penalty_gradients(copy.deepcopy(model), x)
+    with double_backward():
+        point = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model(point).sin().sum(), point, create_graph=True)
+    model.train()(x)
+    g.square().sum().backward()
+    assert relative([p.grad for p in model.parameters() if p.grad is not None], truth) < 1e-12
+
+
+def test_a_pass_for_the_gradient_of_the_image_computes_no_gradient_of_a_weight() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3)), torch.rand(2, 3, 8, 8)
+    with double_backward(), FlopCounter() as counter:
+        point = x.clone().requires_grad_()
+        y = model(point).sum()
+        forward = counter.total
+        torch.autograd.grad(y, point, create_graph=True)
+    assert counter.total == 2 * forward
