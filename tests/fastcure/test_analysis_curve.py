@@ -43,6 +43,16 @@ def test_several_radii_in_one_batch_find_the_same(at_once: int, norm: str) -> No
     assert torch.equal(one.eps, several.eps)
 
 
+@pytest.mark.parametrize(("steps", "restarts"), [(3, 1), (7, 1), (3, 2)])
+def test_steps_and_restarts_are_those_of_the_attack(steps: int, restarts: int) -> None:
+    model, x, y = classifier()
+    passes = []
+    model.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    accuracy_curve(model, x, y, [0.1], steps=steps, restarts=restarts)
+    judged = restarts if restarts > 1 else 0
+    assert passes == [37] * (restarts * steps + judged + 1)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="at_once must be >= 1, got 0"):
         accuracy_curve(*classifier(), EPS, at_once=0)

@@ -253,7 +253,7 @@ def test_accuracy_counts_right_answers_of_the_model_in_evaluation_mode() -> None
             mean = x.flatten(1).mean(1)
             return torch.stack([0.5 - mean, mean - 0.5], 1)
 
-    x = torch.tensor([0, 10, 100, 200, 255], dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 2)
+    x = torch.tensor([0, 10, 100, 128, 255], dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 2)
     y = torch.tensor([0, 0, 1, 1, 1])
     assert accuracy(Bright(), x, y, batch_size=2) == 0.8
     assert accuracy(Bright(), x / 255, y) == 0.8

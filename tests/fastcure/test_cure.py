@@ -125,6 +125,7 @@ def test_a_wrapper_in_the_model_is_refused() -> None:
 def test_lengths_and_pixel_steps_convert_both_ways() -> None:
     assert h_to_eps(1.25, 3072) * 255 == pytest.approx(5.75, abs=0.01)
     assert eps_to_h(h_to_eps(1.25, 3072), 3072) == pytest.approx(1.25)
+    assert h_to_eps(0.5, 1) == eps_to_h(0.5, 1) == 0.5
     with pytest.raises(ValueError, match="number of input values"):
         eps_to_h(0.1, 0)
 
