@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure.accuracy import Attack
+from fastcure.accuracy import Attack, check_outputs, judge
 from fastcure.attacks import fgsm, pgd, spsa
-from fastcure.checks import check_batch, check_positive
+from fastcure.attacks.arguments import check_numbers
+from fastcure.checks import check_batch, check_classes, check_labels, check_pixels, check_positive
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import cross_entropy, evaluation_mode, find_logits
 
 MORE_STEPS, RESTARTS = 5, 3
@@ -42,6 +44,7 @@ class Item(NamedTuple):
 Check = Callable[[], Item]
 
 
+@outside_inference_mode
 def masking_checklist(
     model: nn.Module,
     x: Tensor,
@@ -60,7 +63,8 @@ def masking_checklist(
 
     An attack that should not be the stronger one counts as such only if the drop in accuracy exceeds `margin` by two
     standard errors (of paired counts: only images on which the two attacks differ add to it). It takes about
-    `55 steps + 20 (2 samples + 1)` times the arithmetic of classifying the images, at most.
+    `55 steps + 20 (2 samples + 1)` times the arithmetic of classifying the images, at most. It may be called inside
+    torch.inference_mode, which it leaves.
 
     Args:
         model: the network, normalisation inside.
@@ -80,10 +84,15 @@ def masking_checklist(
         Six items, in the order of this file; `verdict` puts them in words.
 
     Raises:
-        TypeError, ValueError: if an argument is out of range, or no image is classified rightly.
-        FloatingPointError: if an attack met a NaN.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range, or no image is classified rightly.
+        FloatingPointError: if an attack met a NaN, or an output of the model on its images is NaN or infinite.
+
+    Warns:
+        UserWarning: as `fastcure.attacks.pgd` does.
     """
     check_batch(x, y, None)
+    check_labels(y, len(x), soft=False)
+    check_pixels(x, option=False)
     check_positive("eps", eps)
     check_positive("margin", margin, zero=True)
     with evaluation_mode(model, twin):
@@ -128,7 +137,7 @@ class _Examination:
         self.steps, self.samples, self.batch_size, self.generator = steps, samples, batch_size, generator
         self.count = len(x)
         self.x, self.y = x, y
-        right = self._survivors(lambda model, x, y: x)
+        right = self._clean()
         if not right.any():
             raise ValueError(f"the model classifies none of the {len(x)} images rightly: there is nothing to attack")
         self.x, self.y = x[right], y[right]
@@ -176,6 +185,7 @@ class _Examination:
     def rising_loss(self) -> Item:
         """Short steps along the gradient's sign raise the loss, each of them and of nearly every image."""
         losses = torch.stack(self._walk())  # (steps + 1, right images)
+        check_numbers(~losses.isfinite().all(0))
         mean = losses.mean(1)
         flat = (losses[-1] <= losses[0]).double()
         share, error = float(flat.mean()), math.sqrt(float(flat.sum())) / len(flat)
@@ -206,8 +216,21 @@ class _Examination:
         for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
             adv = attack(self.model, x, y)
             with torch.no_grad():
-                left.append(find_logits(self.model(adv)).argmax(1) == y)
+                left.append(judge(find_logits(self.model(adv)), y)[1])
         return torch.cat(left)
+
+    def _clean(self) -> Tensor:
+        """Return `(B,)`: which images are classified rightly; all are checked."""
+        valid: list[Tensor] = []
+        correct: list[Tensor] = []
+        for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
+            with torch.no_grad():
+                logits = find_logits(self.model(x))
+            check_classes(y, logits)
+            for whole, part in zip((valid, correct), judge(logits, y), strict=True):
+                whole.append(part)
+        check_outputs(int((~torch.cat(valid)).sum()), self.count)
+        return torch.cat(correct)
 
     def _accuracy(self, left: Tensor) -> float:
         return int(left.sum()) / self.count

@@ -1,4 +1,4 @@
-"""Checks of what a caller passes: each error names the value met, the value wanted and the mend."""
+"""Checks of what a caller passes: each error names the value met, the value wanted and the fix."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+Bounds = tuple[float, float]
+SLACK = 1e-3
+"""By which resampling and rounding may leave the range of pixels, as a share of that range."""
 
 
 def check_positive(name: str, value: float | Tensor, *, batch: int | None = None, zero: bool = False) -> None:
@@ -71,10 +75,70 @@ not_inside_torch_compile._dynamo_forbidden = True  # type: ignore[attr-defined]
 def check_batch(x: Tensor, y: Tensor, direction: Tensor | None) -> None:
     """Check images, and that labels and direction agree with them."""
     check_images(x)
-    if not isinstance(y, Tensor) or y.dim() < 1 or len(y) != len(x):
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y must be a tensor with one label for each of the {len(x)} samples, got {got}")
+    check_length(y, len(x))
     if y.device != x.device:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}: pass y.to(x.device)")
     if direction is not None and direction.shape != x.shape:
         raise ValueError(f"direction must have the shape of x {tuple(x.shape)}, got {tuple(direction.shape)}")
+
+
+def check_length(y: Tensor, batch: int) -> None:
+    """Check that `y` is a tensor of one label, of whatever kind, for each sample."""
+    if not isinstance(y, Tensor) or y.dim() < 1 or len(y) != batch:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y must be a tensor with one label for each of the {batch} samples, got {got}")
+
+
+def check_labels(y: Tensor, batch: int, *, soft: bool = True) -> None:
+    """Check that `y` holds class indices `(B,)` or, if `soft`, probabilities `(B, C)`. No value is looked at."""
+    check_length(y, batch)
+    got, fraction = tuple(y.shape), y.is_floating_point() or y.is_complex()
+    if fraction and y.dim() == 2 and y.shape[1] > 1:
+        if not soft:
+            raise ValueError(f"labels must be class indices ({batch},), got probabilities {got}: pass y.argmax(1)")
+    elif y.dim() != 1:
+        fix = "flatten()" if y.numel() == batch else "argmax(1)"
+        raise ValueError(f"labels must have shape ({batch},), one class index a sample, got {got}: pass y.{fix}")
+    elif fraction:
+        raise ValueError(f"labels must be whole numbers, one class index a sample, got {y.dtype}: pass y.long()")
+
+
+def check_classes(y: Tensor, logits: Tensor) -> None:
+    """Check that labels fit `logits` `(B, C)`: indices in 0..C-1, or rows of C probabilities. It waits for a GPU."""
+    if logits.dim() != 2:
+        raise ValueError(f"the model must return logits (B, C), got shape {tuple(logits.shape)}")
+    classes = logits.shape[1]
+    if y.is_floating_point():
+        if y.shape[1:] != logits.shape[1:]:
+            got = tuple(y.shape)
+            raise ValueError(f"soft targets must have the shape of the logits {tuple(logits.shape)}, got {got}")
+    elif y.numel():
+        low, high = (int(value) for value in y.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"labels must be in 0..{classes - 1}, the model having {classes} outputs, got {low}..{high}: renumber "
+                "them or give the model more outputs"
+            )
+
+
+def outside(x: Tensor, bounds: Bounds) -> Tensor:
+    """Return which samples `(B,)` of `x` `(B, ...)` leave `bounds` by more than rounding; NaN is no matter of this."""
+    slack = max(SLACK, torch.finfo(x.dtype).eps) * (bounds[1] - bounds[0])
+    return ((x < bounds[0] - slack) | (x > bounds[1] + slack)).flatten(1).any(1)
+
+
+def check_pixels(x: Tensor, bounds: Bounds = (0.0, 1.0), *, option: bool = True) -> None:
+    """Check that images `x` lie within `bounds`, but for rounding. It waits for a GPU.
+
+    Args:
+        x: `(B, ...)`.
+        bounds: range of pixel values.
+        option: whether the caller can name another range, by an argument `bounds`.
+    """
+    if bool(outside(x, bounds).any()):
+        low, high = (float(value) for value in x[~x.isnan()].aminmax())
+        advice = ", or pass the range of your pixels as bounds=(lower, upper)" if option else ""
+        raise ValueError(
+            f"x must hold pixels in [{bounds[0]:g}, {bounds[1]:g}], got {low:.4g}..{high:.4g}: divide by 255, make "
+            f"normalisation a layer of the model (fastcure.models.Normalize){advice}"
+        )

@@ -32,9 +32,9 @@ def first_batch(objective: Objective, x: Tensor, y: Tensor) -> Iterator[None]:
         yield
         return
     warn_of_range(x)
-    before = _random_states(x)
+    before = random_states(x)
     yield
-    if not all(map(torch.equal, before, _random_states(x))):
+    if not all(map(torch.equal, before, random_states(x))):
         refuse_randomness(objective, x, y)
     _seen.add(objective.model)
 
@@ -86,7 +86,8 @@ def warn_of_small_step(model: nn.Module, x: Tensor, h: float | Tensor) -> None:
         )
 
 
-def _random_states(x: Tensor) -> list[Tensor]:
+def random_states(x: Tensor) -> list[Tensor]:
+    """Return the states of torch's generators on the CPU and on the device of `x`."""
     states = [torch.get_rng_state()]
     if x.device.type != "cpu" and hasattr(module := torch.get_device_module(x.device), "get_rng_state"):
         states.append(module.get_rng_state(x.device))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fastcure.checks import check_classes
+
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 NO_LABEL = -(1 << 62)
@@ -27,18 +29,14 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     if y.is_floating_point():
         if y.shape != logits.shape:
             raise ValueError(
-                f"soft targets must have the shape of the logits {tuple(logits.shape)}, got {tuple(y.shape)}"
+                f"soft targets must have the shape of the logits {tuple(logits.shape)}, got {tuple(y.shape)}; class "
+                "indices must be whole numbers: pass y.long()"
             )
         return F.cross_entropy(logits, y, reduction="none")
     if y.shape != logits.shape[:1]:
         raise ValueError(f"labels must have shape ({len(logits)},), one class index a sample, got {tuple(y.shape)}")
-    if y.device.type == "cpu" and len(y) and not torch.compiler.is_compiling():
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= logits.shape[1]:
-            raise ValueError(
-                f"labels must be in 0..{logits.shape[1] - 1}, the model having {logits.shape[1]} outputs, "
-                f"got {low}..{high}: renumber them or give the model more outputs"
-            )
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_classes(y, logits)
     return F.cross_entropy(logits, y.long(), reduction="none", ignore_index=NO_LABEL)
 
 
@@ -88,7 +86,7 @@ class Objective:
         self.module = ModelWithLoss(model, loss_fn)
         named = dict(self.module.named_parameters())
         self.state = {
-            **{name: p.detach().requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
+            **{name: _alias(p, trainable).requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
             **{name: b.detach().clone() for name, b in self.module.named_buffers()},
         }
         for alias in self.state.values():
@@ -133,6 +131,11 @@ class Objective:
                 )
             found.append((leaf, self._owner[id(leaf)]))
         return found
+
+
+def _alias(parameter: nn.Parameter, trainable: bool) -> Tensor:
+    """Return a leaf that shares its memory; or a copy, if inference mode made it: autograd cannot save those."""
+    return (parameter.clone() if parameter.is_inference() and not trainable else parameter).detach()
 
 
 def _lost(_: Tensor) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fastcure.analysis.lanczos import extremes
 from fastcure.analysis.products import Products, Progress, by_samples, check_measurement
+from fastcure.attacks.arguments import hard_labels
+from fastcure.checks import check_classes, check_labels
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import LossFn, cross_entropy, evaluation_mode, find_logits, unwrap
 
 
@@ -50,6 +53,7 @@ def quadratic_bounds(c: Tensor, g_norm: Tensor, nu: Tensor, g_along_u: Tensor) -
     return Bounds(*(torch.where(c == 0, 0.0, bound) for bound in bounds))
 
 
+@outside_inference_mode
 def robustness_bounds(
     model: nn.Module,
     x: Tensor,
@@ -81,7 +85,7 @@ def robustness_bounds(
     Raises:
         TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
     """
-    check_measurement(x, y, "exact", None, chunk_size)
+    check_measurement(x, y, "exact", None, chunk_size, loss_fn)
     if kind == "margin":
         y, loss_fn, threshold = _opponents(model, x, y, target, chunk_size), _margin, 0.0
     elif kind != "loss":
@@ -120,10 +124,11 @@ def _margin(logits: Tensor, classes: Tensor) -> Tensor:
 def _opponents(model: nn.Module, x: Tensor, y: Tensor, target: int | Tensor | None, chunk_size: int) -> Tensor:
     """Return label and target of each sample, `(B, 2)`."""
     model = unwrap(model)
-    labels = y.argmax(1) if y.is_floating_point() else y.long()
+    check_labels(y, len(x))
+    labels = hard_labels(y)
     with evaluation_mode(model):
         logits = torch.cat([find_logits(model(part)) for part in x.split(chunk_size)])
-    cross_entropy(logits, labels)  # for its check of the labels
+    check_classes(y, logits)
     if target is None:
         target = logits.scatter(1, labels[:, None], -math.inf).argmax(1)
     targets = torch.as_tensor(target, device=x.device).long().expand(len(x))

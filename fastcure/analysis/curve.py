@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from fastcure.accuracy import accuracy, batches, right
 from fastcure.attacks import pgd
+from fastcure.attacks.arguments import check_bounds
 from fastcure.attacks.gradient import Norm
+from fastcure.checks import Bounds, check_images, check_labels, check_pixels
+from fastcure.inference import outside_inference_mode
 
 
 class AccuracyCurve(NamedTuple):
@@ -21,6 +24,7 @@ class AccuracyCurve(NamedTuple):
     accuracy: Tensor
 
 
+@outside_inference_mode
 def accuracy_curve(
     model: nn.Module,
     x: Tensor,
@@ -33,26 +37,35 @@ def accuracy_curve(
     seed: int = 0,
     batch_size: int = 256,
     at_once: int = 1,
+    bounds: Bounds = (0.0, 1.0),
     progress: Callable[[Iterable[tuple[float, ...]]], Iterable[tuple[float, ...]]] = iter,
 ) -> AccuracyCurve:
     """Measure accuracy under PGD at each radius; radii that are measured one by one start from the same random numbers.
 
     Args:
         model: the network, normalisation inside; evaluated in evaluation mode.
-        x: `(N, ...)` images, uint8 or floating point in [0, 1].
+        x: `(N, ...)` images, uint8 or floating point within `bounds`.
         y: class indices `(N,)`.
         eps: radii, `>= 0`, in the units of `norm`; 0 is clean accuracy.
         steps, norm, restarts: as in `fastcure.attacks.pgd`.
         seed: of the random starts.
         batch_size: images at a time, those of all radii of a batch together.
         at_once: radii in one batch: with few images on a GPU, more of them fill it.
+        bounds: range of pixel values, of images that are not uint8.
         progress: wraps the radii, in groups of `at_once`, to show how far it is.
 
     Raises:
-        ValueError, FloatingPointError: as `pgd` does.
+        TypeError, ValueError, FloatingPointError: as `pgd` and `fastcure.accuracy.accuracy` do.
     """
     if at_once < 1:
         raise ValueError(f"at_once must be >= 1, got {at_once}")
+    check_labels(y, len(x), soft=False)
+    check_bounds(bounds)
+    if x.dtype != torch.uint8:
+        check_images(x)
+        check_pixels(x, bounds)
+    elif bounds != (0.0, 1.0):
+        raise ValueError(f"bounds must be (0, 1) for uint8 images, which are divided by 255, got {bounds}")
     values: list[float] = []
     for group in progress([tuple(eps[i : i + at_once]) for i in range(0, len(eps), at_once)]):
         if not any(group):  # nothing to attack
@@ -61,7 +74,9 @@ def accuracy_curve(
         count = torch.zeros(len(group), dtype=torch.int64, device=x.device)
         for images, labels, generator in batches(x, y, max(1, batch_size // len(group)), seed):
             radii = torch.tensor(group, dtype=torch.float64, device=x.device).repeat_interleave(len(images))
-            attack = partial(pgd, eps=radii, steps=steps, norm=norm, restarts=restarts, generator=generator)
+            attack = partial(
+                pgd, eps=radii, steps=steps, norm=norm, restarts=restarts, bounds=bounds, generator=generator
+            )
             copies = images.repeat(len(group), *[1] * (images.dim() - 1))
             count += right(model, copies, labels.repeat(len(group)), attack).reshape(len(group), -1).sum(1)
         values += (count.double() / len(x)).tolist()

@@ -9,6 +9,7 @@ from fastcure_kernels import direction
 from torch import Tensor, nn
 
 from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import LossFn, cross_entropy
 
 
@@ -28,6 +29,7 @@ class GradientCurvature(NamedTuple):
     """(B,), ||H z||_2."""
 
 
+@outside_inference_mode
 def frobenius_norm(
     model: nn.Module,
     x: Tensor,
@@ -56,7 +58,7 @@ def frobenius_norm(
     Raises:
         TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
     """
-    check_measurement(x, y, method, h, chunk_size)
+    check_measurement(x, y, method, h, chunk_size, loss_fn)
     if probes < 2:
         raise ValueError(f"probes must be >= 2, for a standard error, got {probes}")
     source = torch.device("cpu") if generator is None else generator.device
@@ -93,6 +95,7 @@ def frobenius_norm(
     return FrobeniusNorm(value, error)
 
 
+@outside_inference_mode
 def curvature_along_gradient(
     model: nn.Module,
     x: Tensor,
@@ -114,7 +117,7 @@ def curvature_along_gradient(
     Raises:
         TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
     """
-    check_measurement(x, y, method, h, chunk_size)
+    check_measurement(x, y, method, h, chunk_size, loss_fn)
 
     def measure(product: Products, _: slice) -> tuple[Tensor]:
         return (product(direction(product.gradient)[:, None]).norm(dim=2).squeeze(1),)

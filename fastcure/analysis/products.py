@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastcure.checks import check_batch, check_positive
+from fastcure.checks import check_batch, check_labels, check_positive
+from fastcure.first_pass import look_before_measure, takes_logits
 from fastcure.layers import cheaper_layers
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
 
@@ -54,6 +55,7 @@ class Products:
         self._point, loss, self._g = self._differentiate(_repeat(x, repeats), _repeat(y, repeats), graph)
         self.loss = loss[::repeats].double()
         self.gradient = self._g.detach()[::repeats].flatten(1).double()
+        self._finite_only(torch.cat([self.loss[:, None], self.gradient], 1))
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return the products with `v` `(G, n, N)`, in its shape, by the method that `h` stands for."""
@@ -95,11 +97,12 @@ class Products:
         return point, loss.detach(), g
 
     def _finite_only(self, products: Tensor) -> Tensor:
+        """Return `(G, ...)` itself."""
         bad = (~products.isfinite()).flatten(1).any(1).nonzero().flatten()
         if len(bad):
             raise FloatingPointError(
                 f"the curvature of sample {self._first + int(bad[0])} is not a finite number: check its pixels, the "
-                "model's weights and the dtype (fp16 overflows at 65504)"
+                f"model's weights and the dtype (fp16 overflows at 65504); its loss is {float(self.loss[bad[0]]):.3g}"
             )
         return products
 
@@ -115,9 +118,13 @@ def _repeat(x: Tensor, n: int) -> Tensor:
     return x if n == 1 else x.repeat_interleave(n, 0)
 
 
-def check_measurement(x: Tensor, y: Tensor, method: str, h: float | Tensor | None, chunk_size: int) -> None:
+def check_measurement(
+    x: Tensor, y: Tensor, method: str, h: float | Tensor | None, chunk_size: int, loss_fn: LossFn
+) -> None:
     """Check the arguments that all measures share."""
     check_batch(x, y, None)
+    if loss_fn is cross_entropy:
+        check_labels(y, len(x))
     if not len(x):
         raise ValueError("x must hold at least one sample, got none")
     if method not in ("exact", "finite"):
@@ -143,10 +150,18 @@ def by_samples(
     graph: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Tensor, ...]:
-    """Measure `samples` samples at a time, the model in evaluation mode, and join the results along the batch."""
+    """Measure `samples` samples at a time, the model in evaluation mode, and join the results along the batch.
+
+    Raises:
+        ValueError: if the model is random in evaluation mode.
+
+    Warns:
+        UserWarning: once a model, of pixels outside of [0, 1], and of probabilities in place of logits.
+    """
     model = unwrap(model)
     loss_fn = _wide_cross_entropy if loss_fn is cross_entropy else loss_fn
     objective = Objective(model, loss_fn, trainable=False)
+    look_before_measure(objective, x, logits=takes_logits(loss_fn))
     lengths = None if h is None else torch.as_tensor(h, dtype=torch.float64, device=x.device).expand(len(x))
     parts: Iterable[slice] = [slice(i, min(i + samples, len(x))) for i in range(0, len(x), samples)]
     with evaluation_mode(model, loss_fn):

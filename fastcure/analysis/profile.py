@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastcure.analysis.lanczos import extremes
 from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import LossFn, cross_entropy
 
 
@@ -21,6 +22,7 @@ class CurvatureProfile(NamedTuple):
     """(N,) or (2k,), over the samples."""
 
 
+@outside_inference_mode
 def curvature_profile(
     model: nn.Module,
     x: Tensor,
@@ -42,8 +44,8 @@ def curvature_profile(
     orthonormal basis Q of the space in which Lanczos found the exact Hessian's extremes (and which holds g).
 
     Args:
-        model: the network, normalisation inside; used in evaluation mode and left as it was.
-        x: `(B, ...)` images of N values, pixels in [0, 1].
+        model: the network, normalisation inside, which returns logits; used in evaluation mode and left as it was.
+        x: `(B, ...)` images of N values, pixels in [0, 1]. Others are warned of once a model.
         y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
         method: "exact" differentiates twice; "finite" takes a step `h`, and needs no second derivative if k is None.
         h: L2 length of the finite step, `> 0`, one number or one a sample.
@@ -53,11 +55,15 @@ def curvature_profile(
         progress: wraps the loop over groups of samples, as `tqdm` does.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of range.
-        FloatingPointError: if a curvature is not a finite number.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range, or the model is random in
+            evaluation mode: its noise would pass for curvature.
+        FloatingPointError: if a loss, gradient or curvature is not a finite number.
         RuntimeError: from torch, if an operator of the model has no second derivative.
+
+    Warns:
+        UserWarning: once a model, if it returns probabilities in place of logits.
     """
-    check_measurement(x, y, method, h, chunk_size)
+    check_measurement(x, y, method, h, chunk_size, loss_fn)
     N = x[0].numel()
     if k is None:
         copies = copies_for(N, chunk_size)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastcure.analysis.products import check_measurement
-from fastcure.checks import check_positive
+from fastcure.attacks.arguments import check_bounds
+from fastcure.checks import Bounds, check_pixels, check_positive
+from fastcure.first_pass import look_before_measure, takes_logits
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
 
 
@@ -25,6 +29,7 @@ class LossSurface(NamedTuple):
     """(B, 2, ...), the unit vectors normal and v."""
 
 
+@outside_inference_mode
 def loss_surface(
     model: nn.Module,
     x: Tensor,
@@ -35,22 +40,31 @@ def loss_surface(
     points: int = 41,
     generator: torch.Generator | None = None,
     chunk_size: int = 256,
+    bounds: Bounds = (0.0, 1.0),
     loss_fn: LossFn = cross_entropy,
 ) -> LossSurface:
     """Evaluate -l on the plane through x of the boundary's normal and a random direction orthogonal to it.
 
     Args:
-        model, x, y, loss_fn: see `curvature_profile`. Points of the plane are not clipped to pixels in [0, 1].
+        model, x, y, loss_fn: see `curvature_profile`.
         normal: `(B, ...)` normals, of any length but 0; None asks `fastcure.attacks.deepfool` for them.
         span: largest L2 length along each axis, in input units.
         points: P along each axis, odd, so that x is one of them.
         generator: source of the random directions, on the CPU or x's device; torch's default if None.
         chunk_size: images that go through the model together.
+        bounds: range of the pixels of x. Points of the plane are not clipped to it.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of range.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range, or the model is random in
+            evaluation mode.
+        FloatingPointError: if a loss is not a finite number.
+
+    Warns:
+        UserWarning: once a model, if it returns probabilities in place of logits.
     """
-    check_measurement(x, y, "exact", None, chunk_size)
+    check_measurement(x, y, "exact", None, chunk_size, loss_fn)
+    check_bounds(bounds)
+    check_pixels(x, bounds)
     check_positive("span", span)
     if points < 3 or points % 2 == 0:
         raise ValueError(f"points must be odd, so that x is one of them, and >= 3, got {points}")
@@ -58,7 +72,7 @@ def loss_surface(
     if normal is None:
         from fastcure.attacks.deepfool import deepfool
 
-        normal = deepfool(model, x).normal
+        normal = deepfool(model, x, bounds=None if bounds == (0.0, 1.0) else (-math.inf, math.inf)).normal
     if normal.shape != x.shape:
         raise ValueError(f"normal must have the shape of x {tuple(x.shape)}, got {tuple(normal.shape)}")
 
@@ -77,6 +91,7 @@ def loss_surface(
     axis = torch.linspace(-span, span, points, dtype=x.dtype, device=x.device)
     axis[points // 2] = 0.0
     objective = Objective(model, loss_fn, trainable=False)
+    look_before_measure(objective, x, logits=takes_logits(loss_fn), pixels=False)
     flat, losses = x.flatten(1), []
     with torch.no_grad(), evaluation_mode(model, loss_fn):
         for index in torch.arange(len(x) * points**2, device=x.device).split(chunk_size):
@@ -84,4 +99,10 @@ def loss_surface(
             at = flat[sample] + axis[a, None] * first[sample] + axis[b, None] * second[sample]
             losses.append(objective(at.view(-1, *x.shape[1:]), y[sample])[1])
     values = -torch.cat(losses).view(len(x), points, points)
+    if not bool(values.isfinite().all()):
+        i = int((~values.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise FloatingPointError(
+            f"a loss on the plane through sample {i} is NaN or infinite: check its pixels, the model's weights and the "
+            f"dtype (fp16 overflows at 65504), or take a span below {span:g}"
+        )
     return LossSurface(values, axis, axis.clone(), torch.stack([first, second], 1).view(len(x), 2, *x.shape[1:]))

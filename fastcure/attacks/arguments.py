@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-Bounds = tuple[float, float]
+from fastcure.checks import Bounds, check_pixels, outside
 
 
 def check_counts(**counts: int) -> None:
@@ -30,6 +31,28 @@ def has_nan(x: Tensor) -> Tensor:
     return x.isnan().flatten(1).any(1)
 
 
+def has_no_class(logits: Tensor) -> Tensor:
+    """Return which rows `(B,)` of logits `(B, C)` name no class: the largest is NaN or infinite."""
+    return ~logits.amax(1).isfinite()
+
+
+def check_result(bad: Tensor, x: Tensor, bounds: Bounds) -> None:
+    """Check pixels and numbers in one look, for which the host waits for a GPU once: an attack's last step.
+
+    Args:
+        bad: `(B,)`, see `check_numbers`.
+        x: `(B, ...)`, the images that were given.
+        bounds: in which they must lie.
+
+    Raises:
+        ValueError: if they do not.
+        FloatingPointError: as `check_numbers` does.
+    """
+    if bool(torch.cat([bad, outside(x, bounds)]).any()):
+        check_pixels(x, bounds)
+        check_numbers(bad)
+
+
 def check_numbers(bad: Tensor) -> None:
     """Raise where an attack met what is not a number: standing still there would make a model look robust.
 
@@ -43,8 +66,8 @@ def check_numbers(bad: Tensor) -> None:
     if len(found):
         raise FloatingPointError(
             f"the loss or its gradient of {len(found)} of {len(bad)} samples is NaN (the first: sample "
-            f"{int(found[0])}), so nothing is known of their robustness: check the model's weights and dtype "
-            "(fp16 overflows at 65504)"
+            f"{int(found[0])}), so nothing is known of their robustness: check the images, the model's weights and the "
+            "dtype (fp16 overflows at 65504)"
         )
 
 

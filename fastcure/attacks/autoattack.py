@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcure.attacks.arguments import check_counts, check_numbers, hard_labels
+from fastcure.attacks.arguments import check_counts, check_numbers, hard_labels, has_no_class
 from fastcure.attacks.gradient import Norm
-from fastcure.checks import check_batch, check_positive
+from fastcure.checks import check_batch, check_classes, check_labels, check_pixels, check_positive
+from fastcure.first_pass import look_before_attack
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import Objective, evaluation_mode, unwrap
 
 
+@outside_inference_mode
 def autoattack(
     model: nn.Module,
     x: Tensor,
@@ -51,6 +54,9 @@ def autoattack(
         ModuleNotFoundError: if the package is not installed.
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
         FloatingPointError: if an output was not a number.
+
+    Warns:
+        UserWarning: as `pgd` does.
     """
     try:
         package = import_module("pyautoattack")
@@ -58,6 +64,8 @@ def autoattack(
         mend = 'pip install "fastcure[eval]"'
         raise ModuleNotFoundError(f"AutoAttack needs the package pyautoattack: {mend}", name=error.name) from error
     check_batch(x, y, None)
+    check_labels(y, len(x))
+    check_pixels(x, option=False)
     check_positive("eps", eps)
     check_counts(batch_size=batch_size)
     if norm not in ("linf", "l2"):
@@ -71,10 +79,12 @@ def autoattack(
         return x.clone()
     model = unwrap(model)
     logits_of = _Logits(model, x.dtype)
+    look_before_attack(logits_of.objective, x)
     with evaluation_mode(model):
         with torch.no_grad():
             logits = torch.cat([logits_of(part.float()) for part in x.detach().split(batch_size)])
-        check_numbers(logits.isnan().any(1))
+        check_numbers(has_no_class(logits))
+        check_classes(y, logits)
         classes = logits.shape[1]
         if classes < 2:
             raise ValueError(f"the model must have 2 outputs or more, got {classes}")

@@ -10,9 +10,12 @@ import torch
 from fastcure_kernels import l2_start, l2_step, linf_start, linf_step
 from torch import Tensor, nn
 
-from fastcure.attacks.arguments import check_bounds, check_counts, check_numbers, hard_labels, has_nan, rowwise
+from fastcure.attacks.arguments import check_bounds, check_counts, check_result, hard_labels, has_nan, rowwise
+from fastcure.attacks.margin import margin_loss
 from fastcure.attacks.replay import REPLAYED
-from fastcure.checks import check_batch, check_positive
+from fastcure.checks import Bounds, check_batch, check_labels, check_pixels, check_positive
+from fastcure.first_pass import look_before_attack, takes_logits
+from fastcure.inference import outside_inference_mode
 from fastcure.layers import cheaper_layers
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
 from fastcure.recorder import CudaRecorder
@@ -26,7 +29,7 @@ def fgsm(
     y: Tensor,
     eps: float | Tensor = 8 / 255,
     *,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     loss_fn: LossFn = cross_entropy,
     targeted: bool = False,
 ) -> Tensor:
@@ -38,6 +41,7 @@ def fgsm(
     return pgd(model, x, y, eps, step_size=eps, steps=1, random_start=False, **options)
 
 
+@outside_inference_mode
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -48,7 +52,7 @@ def pgd(
     norm: Norm = "linf",
     restarts: int = 1,
     random_start: bool = True,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     generator: torch.Generator | None = None,
     *,
     loss_fn: LossFn = cross_entropy,
@@ -59,12 +63,16 @@ def pgd(
 
     The model is attacked in evaluation mode, with what `fastcure.prepare` found in it folded; its flags, buffers and
     `.grad`s come back as they were. Only input gradients are computed: `2 steps` forward passes' worth for one start,
-    `2 steps + 1` for each of several.
+    `2 steps + 1` for each of several. It may be called inside torch.inference_mode, which it leaves.
+
+    Images outside of `bounds` are an error: on the CPU before the first step; on a GPU after the last one, where the
+    host waits for the device in any case. Rounding, 1e-3 of the range or the dtype's epsilon, is allowed.
 
     Args:
         model: the network, normalisation inside.
         x: `(B, ...)` images within `bounds`.
-        y: the right classes: indices `(B,)` or probabilities `(B, C)`; the wanted ones if `targeted`.
+        y: the right classes: indices `(B,)` or probabilities `(B, C)`; the wanted ones if `targeted`. With a `loss_fn`
+            of your own and one start, whatever that takes.
         eps: radius in pixels (linf) or as an L2 length (l2); a number or `(B,)`.
         step_size: the same units; 2.5 eps / steps by default.
         steps: gradient steps of each start.
@@ -86,8 +94,13 @@ def pgd(
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
         FloatingPointError: if a gradient, or with restarts a loss, was not a number: standing still there would make
             the model look robust.
+
+    Warns:
+        UserWarning: once a model, if it returns probabilities in place of logits, or is random in evaluation mode.
     """
     check_batch(x, y, None)
+    if loss_fn in (cross_entropy, margin_loss) or restarts > 1:
+        check_labels(y, len(x))
     check_positive("eps", eps, batch=len(x), zero=True)
     if step_size is None:
         step_size = 2.5 * eps / max(steps, 1)
@@ -98,12 +111,15 @@ def pgd(
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     check_bounds(bounds)
+    if x.device.type == "cpu":
+        check_pixels(x, bounds)
     if cuda_graph and not x.is_cuda and REPLAYED.recorder is CudaRecorder:
         raise ValueError(f"cuda_graph=True wants tensors on cuda, got {x.device}: leave it out")
     start, move = (linf_start, linf_step) if norm == "linf" else (l2_start, l2_step)
     step = -step_size if targeted else step_size
     model = unwrap(model)
     objective = Objective(model, loss_fn, trainable=False)
+    look_before_attack(objective, x, logits=takes_logits(loss_fn))
     x = x.detach()
 
     def one_step(objective: Objective, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
@@ -126,14 +142,17 @@ def pgd(
             new = _judge(objective, adv, y, targeted)
             bad |= new.score.isnan()
             best = new if best is None else _better(best, new)
-    check_numbers(bad)
+    check_result(bad, x, bounds)
     return adv if best is None else best.adv
 
 
 def _input_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        return torch.autograd.grad(objective(point, y)[1].sum(), point)[0]
+        loss = objective(point, y)[1]
+        # What the output lost must not get lost again on the way back: NaN, and a right class of infinite logit.
+        weights = torch.where(loss > -torch.inf, 1.0, torch.nan).to(loss.dtype)
+        return torch.autograd.grad(loss, point, weights)[0]
 
 
 class _Try(NamedTuple):

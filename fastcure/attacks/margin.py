@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcure.attacks.arguments import hard_labels
+from fastcure.checks import check_classes, check_labels
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -21,12 +22,13 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
         `(B,)`, in the units of the logits.
 
     Raises:
-        ValueError: if there is one class only, or y is not one label a sample.
+        ValueError: if there is one class only, y is not one label a sample, or (on the CPU) a label is out of range.
     """
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must have shape (B, C) with C >= 2, got {tuple(logits.shape)}")
-    right = hard_labels(y)[..., None]
-    if right.shape != (len(logits), 1):
-        raise ValueError(f"y must hold one label for each of the {len(logits)} samples, got {tuple(y.shape)}")
+    check_labels(y, len(logits))
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_classes(y, logits)
+    right = hard_labels(y)[:, None]
     wrong = logits.scatter(1, right, -torch.inf).amax(1)
     return wrong - logits.gather(1, right)[:, 0]

@@ -6,15 +6,18 @@ import torch
 from fastcure_kernels import linf_step
 from torch import Tensor, nn
 
-from fastcure.attacks.arguments import Bounds, check_bounds, check_counts, check_numbers, hard_labels, has_nan, rowwise
+from fastcure.attacks.arguments import check_bounds, check_counts, check_numbers, has_nan, rowwise
 from fastcure.attacks.margin import margin_loss
-from fastcure.checks import check_batch, check_positive
+from fastcure.checks import Bounds, check_batch, check_labels, check_pixels, check_positive
+from fastcure.first_pass import look_before_attack
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import Objective, evaluation_mode, unwrap
 
 DECAY = 0.9
 """Of the running mean of gradient estimates: one of them is mostly noise."""
 
 
+@outside_inference_mode
 @torch.no_grad()
 def spsa(
     model: nn.Module,
@@ -55,8 +58,12 @@ def spsa(
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
         FloatingPointError: if an output was not a number.
+
+    Warns:
+        UserWarning: as `pgd` does.
     """
     check_batch(x, y, None)
+    check_labels(y, len(x))
     check_positive("eps", eps, batch=len(x), zero=True)
     if step_size is None:
         step_size = 2.5 * eps / max(steps, 1)
@@ -66,10 +73,11 @@ def spsa(
     if chunk_size < 2:
         raise ValueError(f"chunk_size must be >= 2, a pair of images, got {chunk_size}")
     check_bounds(bounds)
+    check_pixels(x, bounds)
     model = unwrap(model)
     objective = Objective(model, margin_loss, trainable=False)
+    look_before_attack(objective, x)
     random = _seeded(generator, x.device)
-    y = hard_labels(y)
     radius, length = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)) for v in (eps, step_size))
 
     adv, mean = x.detach().clone(), torch.zeros_like(x)
@@ -99,7 +107,7 @@ def _estimate(
         index = rows // samples
         signs = 2 * torch.randint(2, (len(index), *x.shape[1:]), generator=random, device=x.device).to(x.dtype) - 1
         points = torch.cat([x[index] + delta * signs, x[index] - delta * signs])
-        above, below = objective(points, y[index].repeat(2))[1].chunk(2)
+        above, below = objective(points, y[index.repeat(2)])[1].chunk(2)
         slope = ((above - below) / (2 * delta * samples)).to(x.dtype)
         g.index_add_(0, index, rowwise(slope, x) * signs)
     return g

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
 from fastcure.data import load
 from fastcure.evaluation.settings import AnalysisSettings
+from fastcure.inference import outside_inference_mode
 from fastcure.outside import load_model
 from fastcure.placement import placed
 from fastcure.training.finetune import environment, limited, pick_device, silent
@@ -22,6 +23,7 @@ from fastcure.training.ranks import Ranks, join, own_device
 Results = dict[str, Any]
 
 
+@outside_inference_mode
 def analyze(settings: AnalysisSettings, say: Callable[[str], object] = print) -> Results:
     """Measure what `settings` describe; write it to `settings.out`, if given.
 

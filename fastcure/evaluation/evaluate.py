@@ -17,6 +17,7 @@ from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
 from fastcure.checklist import Check, masking_checklist, verdict
 from fastcure.data import Dataset, load
 from fastcure.evaluation.settings import EvaluationSettings
+from fastcure.inference import outside_inference_mode
 from fastcure.objective import evaluation_mode, find_logits
 from fastcure.outside import load_model
 from fastcure.placement import placed
@@ -26,6 +27,7 @@ from fastcure.training.ranks import Ranks, Work, join, own_device
 Results = dict[str, Any]
 
 
+@outside_inference_mode
 def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> Results:
     """Measure what `settings` describe; write it to `settings.out`, if given.
 

@@ -85,10 +85,10 @@ def test_uses_no_gradient_and_sees_through_rounding(case: Case) -> None:
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_stays_in_the_ball_and_the_box(case: Case, per_sample: bool) -> None:
+    case = case._replace(x=case.x.clamp(max=0.9))
     eps = torch.linspace(0, 0.3, 8, dtype=torch.float64) if per_sample else 0.3
     adv = spsa(*case, eps=eps, steps=5, samples=8, bounds=(0.0, 0.9), generator=generator())
-    inside = case.x <= 0.9
-    length = torch.where(inside, adv - case.x, 0.0).abs().flatten(1).amax(1)
+    length = (adv - case.x).abs().flatten(1).amax(1)
     assert (length <= torch.as_tensor(eps) + 1e-9).all()
     assert adv.min() >= 0
     moved = adv != case.x
