@@ -95,7 +95,7 @@ def masking_checklist(
     check_pixels(x, option=False)
     check_positive("eps", eps)
     check_positive("margin", margin, zero=True)
-    with evaluation_mode(model, twin):
+    with evaluation_mode(model):
         exam = _Examination(model, x, y, eps, twin, margin, steps, samples, batch_size, generator)
         checks: list[Check] = [
             exam.more_steps,

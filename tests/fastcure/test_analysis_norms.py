@@ -32,6 +32,16 @@ def test_frobenius_norms_within_four_standard_errors(name: str, options: dict) -
     assert float((found.standard_error / truth).max()) < 0.2
 
 
+def test_the_standard_error_of_two_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel, H = 2, probes 1 and 3: ||H v||^2 is 4 and 36, of mean 20 and standard deviation 16 sqrt(2)."""
+    form = quadratic(torch.tensor([2.0]))
+    probes = iter([1.0, 3.0])
+    monkeypatch.setattr(torch, "randn", lambda *_, **options: torch.tensor([next(probes)], dtype=options["dtype"]))
+    found = frobenius_norm(*form.case(1), probes=2, loss_fn=form.loss)
+    assert float(found.value) == pytest.approx(20**0.5)
+    assert float(found.standard_error) == pytest.approx(16 * 2**0.5 / 2**0.5 / (2 * 20**0.5))
+
+
 @methods
 def test_the_standard_error_is_the_spread_of_independent_estimates(options: dict) -> None:
     case = make(NETWORKS["mlp-softplus"], 1, seed=0)

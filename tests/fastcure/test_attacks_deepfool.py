@@ -145,6 +145,33 @@ def test_a_pixel_at_a_bound_leaves_the_way_to_the_others() -> None:
     assert (unreachable.x_adv <= 0.6).all()
 
 
+@pytest.mark.parametrize("box", [(0.0, 1.0), (-1.0, 3.0)])
+def test_pixels_at_a_bound_move_inwards_alone(box: tuple[float, float]) -> None:
+    """Two logits, score w.x - c; pixels at either bound, or in the middle, from where none reaches a bound."""
+    generator = torch.Generator().manual_seed(0)
+    lower, upper = box
+    w = torch.randn(12, generator=generator, dtype=torch.float64)
+    at = torch.randint(3, (40, 12), generator=generator)
+    x = torch.tensor([lower, (lower + upper) / 2, upper], dtype=torch.float64)[at]
+    blocked = ((at == 0) & (w < 0)) | ((at == 2) & (w > 0))
+    free = torch.where(blocked, 0.0, w.expand(40, 12))
+    gap = 0.2 * free.square().sum(1) / w.abs().max()  # no pixel moves by more than 0.2
+
+    class Plane(nn.Module):
+        def __init__(self, i: int) -> None:
+            super().__init__()
+            self.threshold = x[i] @ w + gap[i]
+
+        def forward(self, points: Tensor) -> Tensor:
+            score = points @ w - self.threshold
+            return torch.stack([torch.zeros_like(score), score], 1)
+
+    for i in range(40):
+        found = deepfool(Plane(i), x[i : i + 1], bounds=box)
+        torch.testing.assert_close(found.distance[0], gap[i] / free[i].norm(), rtol=2 * TOLERANCE, atol=0)
+        assert (found.perturbation[0][blocked[i]] == 0).all()
+
+
 def test_what_was_not_found_is_infinitely_far() -> None:
     class Constant(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
