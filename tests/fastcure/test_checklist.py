@@ -103,6 +103,17 @@ def test_each_item_fails_on_a_network_built_to_fail_it_alone(name: str) -> None:
 def test_an_honest_landscape_passes() -> None:
     items = examine(Landscape(lambda d: 20 * d - 1), RIGHT)
     assert all(item.passed for item in items), verdict(items)
+    assert [item.name for item in items] == [
+        "more steps and restarts change nothing",
+        "an attack without gradients is no stronger",
+        "a black-box attack is no stronger",
+        "an unbounded attack reaches 0 %",
+        "accuracy falls as eps grows",
+        "the loss rises along the attack's path",
+    ]
+    assert items[STEPS].words.startswith("PGD-10 leaves 0.0%, with PGD-50 from 3 starts added 0.0%")
+    assert items[SPSA].words.startswith("SPSA leaves 0.0%, PGD 0.0%")
+    assert items[TRANSFER].words.startswith("PGD on a normally trained twin leaves 0.0%, PGD 0.0%")
     assert items[EPS].evidence["accuracy"] == [1, 1, 0, 0, 0, 0]  # it errs from d = 0.05 on, the third radius
     assert items[EPS].evidence["eps"] == pytest.approx([0, 0.025, 0.05, 0.1, 0.2, 0.4])
     walk = torch.linspace(0, 0.1, 11, dtype=torch.float64)
