@@ -100,6 +100,12 @@ def test_each_item_fails_on_a_network_built_to_fail_it_alone(name: str) -> None:
     assert words[1 + flawed.fails].startswith(f"  FAIL  {items[flawed.fails].name}: ")
 
 
+def test_all_random_numbers_come_from_the_generator() -> None:
+    state = torch.get_rng_state()
+    examine(Landscape(lambda d: 20 * d - 1), RIGHT)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_an_honest_landscape_passes() -> None:
     items = examine(Landscape(lambda d: 20 * d - 1), RIGHT)
     assert all(item.passed for item in items), verdict(items)
