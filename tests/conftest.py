@@ -1,5 +1,6 @@
 """Settings that must stand before torch and triton are imported, and the one reason to skip: no GPU."""
 
+import importlib.util
 import os
 import sys
 
@@ -12,6 +13,12 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:  # before triton is first imported: its kernels are then interpreted on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tests of a GPU run without the plugin that sets deadlines, on a machine where little is installed."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds that a test may take, with pytest-timeout")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

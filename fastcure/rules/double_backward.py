@@ -57,28 +57,32 @@ def double_backward() -> Iterator[None]:
         >>> g.square().sum().backward()
     """
     _install()
-    _here.depth += 1
+    depth = _depth()
+    torch._C._stash_obj_in_tls(_KEY, depth + 1)
     try:
         yield
     finally:
-        _here.depth -= 1
+        torch._C._stash_obj_in_tls(_KEY, depth)
         _remove()
 
 
-class _Depth(threading.local):
-    """How many contexts this thread is in."""
-
-    depth = 0
-
-
-_here = _Depth()
+_KEY = "fastcure.double_backward"
 _lock = threading.Lock()
 _open = 0
 _library: torch.library.Library | None = None
 
 
+def _depth() -> int:
+    """How many contexts this thread is in.
+
+    Kept in torch's own thread-local state: autograd gives it to the threads in which it runs a backward on a GPU, where
+    activation checkpointing runs the forward again.
+    """
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else 0
+
+
 def _install() -> None:
-    """Put the rules at their key: once for all threads, each of which asks `_here` whether they apply to it."""
+    """Put the rules at their key: once for all threads, each of which asks `_depth` whether they apply to it."""
     global _open, _library
     with _lock:
         if not _open:
@@ -101,7 +105,7 @@ def _remove() -> None:
 
 def _kernel(rule: Rule, original: Any) -> Callable[..., Any]:
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if _here.depth and torch.is_grad_enabled() and _ordinary(args) and not _in_transform():
+        if _depth() and torch.is_grad_enabled() and _ordinary(args) and not _in_transform():
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
