@@ -138,6 +138,82 @@ def test_nan_is_an_error_that_names_the_sample(case: Case, measure: Measure) -> 
             measure(case.model, x, case.y, chunk_size=chunk_size)
 
 
+class Noisy(nn.Module):
+    """A model that adds noise to its images, or to its logits."""
+
+    def __init__(self, model: nn.Module, size: float, *, inside: bool) -> None:
+        super().__init__()
+        self.model, self.size, self.inside = model, size, inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inside:
+            return self.model(x + self.size * torch.randn_like(x))
+        logits = self.model(x)
+        return logits + self.size * torch.randn_like(logits)
+
+
+@every_measure
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("size", [0.1, 1e-4])
+def test_a_random_model_is_an_error_each_time(case: Case, measure: Measure, inside: bool, size: float) -> None:
+    """Noise of 1e-4 in the images makes ||Hz|| of a step of 1e-3 as large as you like: no measure can bear it."""
+    noisy = Noisy(case.model, size, inside=inside).double()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"random in evaluation mode: logits differ by .* two passes"):
+            measure(noisy, case.x, case.y)
+
+
+@every_measure
+def test_random_numbers_that_change_nothing_are_allowed(case: Case, measure: Measure) -> None:
+    torch.testing.assert_close(measure(Noisy(case.model, 0.0, inside=True), case.x, case.y), measure(*case))
+
+
+@every_measure
+def test_probabilities_are_warned_of_once_a_model(case: Case, measure: Measure) -> None:
+    model = nn.Sequential(case.model, nn.Softmax(1))
+    with pytest.warns(UserWarning, match="must return logits, got what look like probabilities") as seen:
+        measure(model, case.x, case.y)
+    assert [warning.filename for warning in seen] == [__file__]
+    measure(model, case.x, case.y)
+
+
+@but("margins")  # they have no loss_fn
+def test_a_loss_of_ones_own_may_take_probabilities(case: Case, measure: Measure) -> None:
+    def likelihood(p: Tensor, y: Tensor) -> Tensor:
+        return -p.gather(1, y[:, None]).squeeze(1).log()
+
+    model = nn.Sequential(case.model, nn.Softmax(1))
+    torch.testing.assert_close(measure(model, case.x, case.y, loss_fn=likelihood), measure(*case), rtol=1e-6, atol=1e-9)
+
+
+@every_measure
+def test_pixels_outside_of_0_to_1_are_warned_of_once_a_model(case: Case, measure: Measure) -> None:
+    with pytest.warns(UserWarning, match=r"pixels should be in \[0, 1\], got .*fastcure\.models\.Normalize") as seen:
+        measure(case.model, 4 * case.x - 2, case.y)
+    assert [warning.filename for warning in seen] == [__file__]
+    measure(case.model, 4 * case.x - 2, case.y)
+
+
+@every_measure
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_output_that_is_no_number_is_an_error(case: Case, measure: Measure, value: float) -> None:
+    """Also of a network that is linear in x, whose curvature is 0 whatever its outputs are."""
+    own = torch.arange(7) == case.y[1]
+
+    class Broken(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(own, value, self.model(x))
+
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 7)).double()
+    for model in (case.model, linear):
+        with pytest.raises(FloatingPointError, match="curvature of sample 0 is not a finite number"):
+            measure(Broken(model), case.x[1:2], case.y[1:2])
+
+
 def bad(**changes: object) -> dict[str, object]:
     return {"model": nn.Linear(6, 4), "x": torch.rand(2, 6), "y": torch.tensor([0, 3]), **changes}
 
@@ -160,6 +236,14 @@ FINITE_STEP = "h is the step of method='finite', and of that alone: got method="
                 ({"x": torch.rand(0, 6), "y": torch.zeros(0).long()}, ValueError, "at least one sample, got none"),
                 ({"x": torch.ones(2, 6).byte()}, TypeError, "floating point"),
                 ({"y": torch.tensor([0])}, ValueError, "one label for each of the 2 samples"),
+                ({"y": torch.tensor([[0], [3]])}, ValueError, r"shape \(2,\), .* got \(2, 1\): pass y\.flatten\(\)"),
+                (
+                    {"y": torch.tensor([0.0, 3.0])},
+                    ValueError,
+                    r"whole numbers, .* got torch\.float32: pass y\.long\(\)",
+                ),
+                ({"y": torch.tensor([0, -1])}, ValueError, r"labels must be in 0\.\.3.* got -1\.\.0"),
+                ({"y": torch.full((2, 3), 1 / 3)}, ValueError, r"shape of the logits \(\d+, 4\), got \(\d+, 3\)"),
                 ({"y": torch.tensor([0, 4])}, ValueError, r"labels must be in 0\.\.3.* got 0\.\.4"),
                 ({"loss_fn": F.cross_entropy}, ValueError, "use reduction='none'"),
                 ({"model": torch.tanh}, TypeError, r"torch\.nn\.Module, got builtin"),
@@ -174,6 +258,8 @@ FINITE_STEP = "h is the step of method='finite', and of that alone: got method="
         (robustness_bounds, bad(kind="margin", target=3), ValueError, "target must differ from y, got 3: name"),
         (robustness_bounds, bad(kind="margin", target=4), ValueError, r"target must be in 0\.\.3, got 4"),
         (robustness_bounds, bad(kind="margin", y=torch.tensor([0, 4])), ValueError, r"labels must be in 0\.\.3"),
+        (robustness_bounds, bad(kind="margin", y=torch.tensor([[0], [3]])), ValueError, r"got \(2, 1\): pass y"),
+        (robustness_bounds, bad(y=torch.tensor([[0], [3]])), ValueError, r"got \(2, 1\): pass y"),
         (robustness_bounds, bad(kind="margin", model=torch.tanh), TypeError, r"torch\.nn\.Module"),
     ],
 )
