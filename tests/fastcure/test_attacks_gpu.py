@@ -47,3 +47,26 @@ def test_autoattack_and_the_checklist_run(case: Case) -> None:
     assert (cuda.model(adv).argmax(1) != cuda.y).any()
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert len(masking_checklist(*cuda, 0.05, samples=2)) == 6
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_images_outside_of_the_box_are_an_error(case: Case, cuda_graph: bool) -> None:
+    cuda = on_cuda(case)
+    options = {"steps": 2, "random_start": False, "cuda_graph": cuda_graph}
+    pgd(*cuda, **options)  # the first examines the model
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\], got .*fastcure\.models\.Normalize"):
+        pgd(cuda.model, 4 * cuda.x - 2, cuda.y, **options)
+
+
+def test_probabilities_and_random_models_are_warned_of(case: Case) -> None:
+    class Noisy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :7] + torch.randn_like(x.flatten(1)[:, :7])
+
+    _, x, y = on_cuda(case)
+    for model, message in ((Noisy(), "random in evaluation mode"), (torch.nn.Softmax(1), "look like probabilities")):
+        images = x if isinstance(model, Noisy) else x.flatten(1)[:, :7]
+        with pytest.warns(UserWarning, match=message) as seen:
+            pgd(model, images, y, steps=2)
+        assert len(seen) == 1
+        pgd(model, images, y, steps=2)
