@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from itertools import groupby
 from pathlib import Path
 
 import matplotlib as mpl
 from record import FOLDER
+
+from fastcure.writing import write_whole
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,7 +39,9 @@ def main() -> None:
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['threads']} threads", fontsize=9)
     figure.tight_layout()
     path = Path(__file__).parent.parent / "docs" / f"step-{kind}.png"
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    write_whole(path, picture.getvalue())
     print(f"written to {path}")
 
 

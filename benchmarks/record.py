@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fastcure.writing import csv_bytes, write_whole
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -59,8 +61,5 @@ def write(name: str, rows: list[dict[str, Any]], device: torch.device, by: str |
             older = csv.DictReader(file)
             if list(older.fieldnames or []) == columns:
                 kept = [row for row in older if tuple(row[column] for column in about) not in measured]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
+    write_whole(path, csv_bytes([*kept, *rows]))
     return path

@@ -32,6 +32,8 @@ from robustness_run import Run, Setting
 from robustness_summary import summary
 from robustness_table import KEY, MAY_DIFFER, Row, Table
 
+from fastcure.writing import write_whole
+
 GAMMAS = {
     "CURE frozen": (1.0, 0.3, 3.0),
     "CURE split": (1.0,),
@@ -218,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             return int(bool(differ))
         grid(Study(sizes, images, table, device, given.cache), sizes)
     tables = given.out.with_suffix(".md")
-    tables.write_text(summary(table.rows) + "\n")
+    write_whole(tables, (summary(table.rows) + "\n").encode())
     print(f"picture in {draw(table.rows, given.out.with_suffix('.png'))}, tables in {tables}")
     return 0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import defaultdict
 from pathlib import Path
 
 from robustness_summary import alike, chosen, setting_of, title
 from robustness_table import Row
+
+from fastcure.writing import write_whole
 
 COLOURS = {
     "-": ["#D55E00", "#E69F00", "#CC79A7", "#882255", "#000000"],
@@ -58,7 +61,9 @@ def draw(rows: list[Row], path: Path) -> Path:
         text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, metadata={"Software": None})
+    write_whole(path, picture.getvalue())
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from fastcure.flops import FlopCounter
 from fastcure.models import MODELS, resnet8
 from fastcure.objective import LossFn, cross_entropy, evaluation_mode
 from fastcure.training.schedule import parse_schedule
+from fastcure.writing import write_whole
 
 Columns = dict[str, Any]
 RESTARTS, FOLLOWED, MEASURED = 5, 128, 200
@@ -111,7 +113,7 @@ class Run:
         """Return the network and what its training told, from the cache if it is there."""
         path = None
         if self.cache is not None:
-            name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+            name = hashlib.sha256(json.dumps(self.key, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
             path = self.cache / f"{name}.pt"
             if path.is_file():
                 held = torch.load(path, map_location=self.device, weights_only=True)
@@ -122,9 +124,9 @@ class Run:
         spent = self._train(model)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial_path = path.with_suffix(".partial")
-            torch.save({"model": model.state_dict(), "spent": spent}, partial_path)
-            partial_path.replace(path)
+            content = io.BytesIO()
+            torch.save({"model": model.state_dict(), "spent": spent}, content)
+            write_whole(path, content.getvalue())
         return model, spent
 
     def started(self) -> nn.Module:

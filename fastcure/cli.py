@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from fractions import Fraction
 from typing import Any, NoReturn
+
+from fastcure.extras import need
+from fastcure.fields import shortened
 
 EPILOG = """
 schedules: a number; 4x10,8x5,12x5 (10 epochs at 4, then 5 at 8, then 5 at 12); 0:4x30%,4 (from 0 to 4 in the
 first 30 % of the epochs, then 4); 1e-3:1e-5 (from one to the other throughout)
 """
+
+
+CLOSED_PIPE = 141
+"""What a shell reports of a process that SIGPIPE ended."""
 
 
 def entry() -> NoReturn:
@@ -24,24 +31,61 @@ def entry() -> NoReturn:
     Under torchrun the process skips the interpreter's clean-up, in which torch's threads sometimes abort it: torchrun
     would then end the other processes and report a failure.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        sys.exit(main())
-    status: Any = 1
+    _open_streams()
+    torchrun, status = "TORCHELASTIC_RUN_ID" in os.environ, 1
     try:
         status = main()
     except SystemExit as stop:  # of argparse
-        status = stop.code
+        status = int(stop.code or 0)
     except BaseException:
+        if not torchrun:
+            raise
         sys.excepthook(*sys.exc_info())
+    status = _flush_streams() or status
+    if not torchrun:
+        sys.exit(status)
     logging.shutdown()
+    os._exit(status)
+
+
+def _open_streams() -> None:
+    """Give the process those of its three streams that the caller has closed (`2>&-`).
+
+    Otherwise the next file to be opened takes the number of the stream, and what libraries print goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush_streams() -> int:
+    """Write what is still in the streams; return a status other than 0 where that fails, and let nothing fail later."""
+    status = 0
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # a closed pipe, a closed stream, none
+        try:
             stream.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
+        except BrokenPipeError:  # as of `| head`
+            status = CLOSED_PIPE
+        except (OSError, ValueError) as error:
+            status = _fail(error, 2)
+        else:
+            continue
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if it met a NaN, 2 for bad input, 130 or 143 when stopped."""
+    """Run one command; returns the exit status.
+
+    It is 0, 1 if it met a NaN, 2 for bad input, 130 or 143 when stopped, 141 when nobody reads its output.
+    """
     parser = argparse.ArgumentParser(
         prog="fastcure", description="CURE: curvature regularisation for robust classifiers"
     )
@@ -52,12 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_report(commands)
     commands.add_parser("env", help="print versions and devices, for a bug report")
     arguments = vars(parser.parse_args(argv))
+    for name, value in arguments.items():
+        if value == []:  # of Python 3.11 and `--name=--`
+            commands.choices[arguments["command"]].error(f"argument --{name.replace('_', '-')}: expected one argument")
     known = {"finetune": _finetune, "evaluate": _evaluate, "analyze": _analyze, "report": _report, "env": _env}
     run = known[arguments.pop("command")]
     try:
         return run(arguments)
     except FloatingPointError as error:
         return _fail(error, 1)
+    except BrokenPipeError:
+        return CLOSED_PIPE
+    except SystemExit as stop:
+        code = f"the code of --model called sys.exit({stop.code!r}), at import or when it was used: remove that call"
+        return _fail(ValueError(code), 2)
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         if "FASTCURE_DEBUG" in os.environ:
             raise
@@ -68,12 +120,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(MemoryError(f"{error}: lower --batch-size, or take a smaller --model"), 2)
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":  # one line, not one from each process of torchrun
-            print(f"fastcure: {str(stop) or 'interrupted'}", file=sys.stderr)
+            with suppress(OSError, ValueError):
+                print(f"fastcure: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "status", 130)
 
 
 def _fail(error: BaseException, status: int) -> int:
-    print(f"fastcure: error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.encode(errors="backslashreplace").decode()
+    text = text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"
+    with suppress(OSError, ValueError):  # of a closed stream
+        print(f"fastcure: error: {text}", file=sys.stderr)
     return status
 
 
@@ -155,12 +212,17 @@ def _add_flags(parser: argparse.ArgumentParser, settings: type[Any], more: Mappi
 def _numbers(text: str) -> tuple[float, ...]:
     """Read `8/255,0.1`."""
     try:
-        return tuple(float(Fraction(part)) for part in text.split(","))
+        parts = [[float(number) for number in part.split("/")] for part in text.split(",")]
+        found = tuple(top / bottom for top, bottom in ([*part, 1.0] if len(part) == 1 else part for part in parts))
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"numbers such as 8/255,0.1, got {text!r}") from None
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"finite numbers such as 8/255,0.1, got {shortened(text)}")
+    return found
 
 
 def _finetune(arguments: dict[str, Any]) -> int:
+    need("matplotlib", "safetensors", "tqdm", purpose="by finetune")
     from fastcure.training.finetune import finetune
     from fastcure.training.settings import make_settings
 
@@ -170,6 +232,7 @@ def _finetune(arguments: dict[str, Any]) -> int:
 
 
 def _analyze(arguments: dict[str, Any]) -> int:
+    need("tqdm", purpose="by analyze")
     from fastcure.evaluation.analyze import analyze
     from fastcure.evaluation.settings import make_analysis_settings
 
@@ -178,6 +241,7 @@ def _analyze(arguments: dict[str, Any]) -> int:
 
 
 def _report(arguments: dict[str, Any]) -> int:
+    need("matplotlib", "safetensors", "tqdm", purpose="by report")
     from fastcure.report.report import report
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -189,7 +253,7 @@ def _report(arguments: dict[str, Any]) -> int:
 def _env(_: dict[str, Any]) -> int:
     import torch
 
-    from fastcure.training.finetune import environment, pick_device
+    from fastcure.environment import environment, pick_device
 
     for name, value in environment(pick_device("auto")).items():
         print(f"{name}: {value}")
@@ -198,6 +262,7 @@ def _env(_: dict[str, Any]) -> int:
 
 
 def _evaluate(arguments: dict[str, Any]) -> int:
+    need("tqdm", purpose="by evaluate")
     from fastcure.evaluation.evaluate import evaluate
     from fastcure.evaluation.settings import make_evaluation_settings
 

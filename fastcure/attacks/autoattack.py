@@ -61,8 +61,8 @@ def autoattack(
     try:
         package = import_module("pyautoattack")
     except ModuleNotFoundError as error:
-        mend = 'pip install "fastcure[eval]"'
-        raise ModuleNotFoundError(f"AutoAttack needs the package pyautoattack: {mend}", name=error.name) from error
+        mend = "AutoAttack needs the package pyautoattack: pip install pyautoattack"
+        raise ModuleNotFoundError(mend, name=error.name) from error
     check_batch(x, y, None)
     check_labels(y, len(x))
     check_pixels(x, option=False)

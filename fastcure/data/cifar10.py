@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastcure.data.dataset import Dataset, Split, checked
-from fastcure.data.files import Readable, find, missing, read_exactly, reading
+from fastcure.data.files import Readable, expansion_limit, find, missing, read_exactly, reading
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -68,7 +68,9 @@ class _CappedGzip(gzip.GzipFile):
 def _read_members(archive: Path, names: list[str]) -> list[bytes]:
     """Read members by their exact names, in memory: nothing is extracted, no link followed."""
     found: dict[str, bytes] = {}
-    with _CappedGzip(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
+    unzipped = _CappedGzip(archive)
+    unzipped.left = min(unzipped.left, expansion_limit(archive.stat().st_size))
+    with unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
         while len(found) < len(names) and (member := tar.next()):
             if member.name not in names:
                 continue

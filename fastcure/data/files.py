@@ -10,6 +10,14 @@ MAX_BYTES = 2 << 30  # of one array: nine times the largest official one
 _CHUNK = 1 << 20
 
 
+def expansion_limit(size: int) -> int:
+    """Return how many bytes a compressed file of ``size`` bytes may inflate to.
+
+    Images and labels shrink to a tenth at best; zeros, of which bombs are made, to a thousandth.
+    """
+    return min(MAX_BYTES, max(64 << 20, 100 * size))
+
+
 class Readable(Protocol):
     """The one method that a bounded read needs."""
 
@@ -45,29 +53,31 @@ def missing(name: str, folders: Sequence[Path], source: str) -> FileNotFoundErro
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Turn whatever a damaged or hostile file provokes into a one-line ValueError naming the file."""
     try:
         yield
     except Exception as error:  # zlib, gzip, tarfile, zipfile and pickle each raise their own
         if isinstance(error, OSError) and error.errno not in (None, EINVAL):
             raise  # the system's word (permissions, input/output); EINVAL comes of lying offsets
+        if isinstance(error, FileNotFoundError | ConnectionError | ModuleNotFoundError):
+            raise  # says what is not there
         text = " ".join(str(error).split())
         if type(error) is not ValueError:
             text = f"damaged, or not what its name says ({type(error).__name__}: {text})"
         raise ValueError(f"{path}: {text}") from error
 
 
-def read_exactly(file: Readable, size: int) -> bytearray:
+def read_exactly(file: Readable, size: int, most: int = MAX_BYTES) -> bytearray:
     """Read a payload of ``size`` bytes, and never more than one byte beyond it.
 
     Memory grows with what the file really holds, not with what it announces.
 
     Raises:
-        ValueError: ``size`` exceeds ``MAX_BYTES``, or the file goes on for longer or stops before.
+        ValueError: ``size`` exceeds ``most``, or the file goes on for longer or stops before.
     """
-    if not 0 <= size <= MAX_BYTES:
-        raise ValueError(f"announces {size:,} bytes; allowed are 0..{MAX_BYTES:,}")
+    if not 0 <= size <= most:
+        raise ValueError(f"announces {size:,} bytes; allowed are 0..{most:,}")
     data = bytearray()
     while chunk := file.read(min(_CHUNK, size + 1 - len(data))):
         data += chunk

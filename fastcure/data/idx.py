@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcure.data.dataset import Dataset, checked
-from fastcure.data.files import find, read_exactly, reading
+from fastcure.data.files import expansion_limit, find, read_exactly, reading
 
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package
 SOURCE = "https://github.com/zalandoresearch/fashion-mnist, or on Debian: apt-get install dataset-fashion-mnist"
@@ -46,4 +46,5 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
             magic, *sizes = struct.unpack(f">{1 + dims}I", file.read(4 + 4 * dims))
             if magic != 0x0800 + dims or tuple(sizes[1:]) != shape:
                 raise ValueError(f"not an idx file of bytes (N, {', '.join(map(str, shape))}): header {sizes}")
-            return np.frombuffer(read_exactly(file, math.prod(sizes)), np.uint8).reshape(sizes)
+            data = read_exactly(file, math.prod(sizes), expansion_limit(path.stat().st_size))
+            return np.frombuffer(data, np.uint8).reshape(sizes)

@@ -10,7 +10,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastcure.data.dataset import Dataset, checked
-from fastcure.data.files import read_exactly, reading
+from fastcure.data.files import expansion_limit, read_exactly, reading
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 CHANNELS = (1, 3, 4)
@@ -46,7 +46,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
                 raise ValueError(f"{name} must be uint8, got {dtype}")
         elif dtype.kind not in "iu":
             raise ValueError(f"{name} must hold whole numbers, got {dtype}")
-        data = read_exactly(file, math.prod(shape) * dtype.itemsize)
+        data = read_exactly(file, math.prod(shape) * dtype.itemsize, expansion_limit(member.compress_size))
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
 

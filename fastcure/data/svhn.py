@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcure.data.dataset import Dataset, Split, checked
-from fastcure.data.files import MAX_BYTES, find, read_exactly, reading
+from fastcure.data.files import expansion_limit, find, read_exactly, reading
 
 SOURCE = "http://ufldl.stanford.edu/housenumbers/ (format 2, cropped digits)"
 
@@ -54,7 +54,7 @@ def _read_mat(data: memoryview) -> dict[str, NDArray[Any]]:
     arrays = {}
     for kind, content in _elements(data[128:], order):
         if kind == COMPRESSED:
-            inflated = zlib.decompressobj().decompress(content, MAX_BYTES)
+            inflated = zlib.decompressobj().decompress(content, expansion_limit(len(content)))
             kind, content = next(_elements(memoryview(inflated), order), (0, content))
         if kind != MATRIX:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
 from fastcure.data import load
-from fastcure.evaluation.settings import AnalysisSettings
+from fastcure.environment import environment, pick_device
+from fastcure.evaluation.network import check_network
+from fastcure.evaluation.settings import AnalysisSettings, write_results
 from fastcure.inference import outside_inference_mode
 from fastcure.outside import load_model
 from fastcure.placement import placed
-from fastcure.training.finetune import environment, limited, pick_device, silent
+from fastcure.training.finetune import limited, silent
 from fastcure.training.ranks import Ranks, join, own_device
 
 Results = dict[str, Any]
@@ -63,6 +64,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     networks = {}
     for name, checkpoint in weights.items():
         model = placed(make(checkpoint, settings.mean, settings.std), settings.model, x.shape[1:], ranks.device)
+        check_network(model, settings.model, data, ranks.device)
         work = partial(_curvatures, model, settings)
         rows = ranks.map(work, x, y, settings.seed, settings.batch_size)
         mean, error = rows.mean(0).tolist(), (rows.std(0) / len(rows) ** 0.5).tolist()
@@ -83,8 +85,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     about = {"settings": asdict(settings), "images": len(x), "environment": environment(ranks.device)}
     results: Results = {**about, "networks": networks}
     if settings.out is not None and ranks.first:
-        with open(settings.out, "x") as file:
-            file.write(json.dumps(results, indent=2) + "\n")
+        write_results(settings.out, results)
         say(f"results in {settings.out}")
     return results
 

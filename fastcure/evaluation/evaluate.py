@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,12 +15,14 @@ from fastcure.accuracy import right
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
 from fastcure.checklist import Check, masking_checklist, verdict
 from fastcure.data import Dataset, load
-from fastcure.evaluation.settings import EvaluationSettings
+from fastcure.environment import environment, pick_device
+from fastcure.evaluation.network import check_network
+from fastcure.evaluation.settings import EvaluationSettings, write_results
+from fastcure.extras import need
 from fastcure.inference import outside_inference_mode
-from fastcure.objective import evaluation_mode, find_logits
 from fastcure.outside import load_model
 from fastcure.placement import placed
-from fastcure.training.finetune import environment, limited, pick_device, silent
+from fastcure.training.finetune import limited, silent
 from fastcure.training.ranks import Ranks, Work, join, own_device
 
 Results = dict[str, Any]
@@ -56,6 +57,8 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
 def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
     assert settings.model is not None
     assert settings.dataset is not None
+    if settings.autoattack:
+        need("pyautoattack", purpose="by --autoattack")
     data = limited(load(settings.dataset, settings.data_dir), settings.limit)
     shape = data.x_test.shape[1:]
     make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1], log=say)
@@ -63,7 +66,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     twin = None
     if settings.checklist and settings.twin is not None:
         twin = placed(make(settings.twin, settings.mean, settings.std), settings.model, shape, ranks.device)
-    _check_model(model, settings.model, data, ranks.device)
+    check_network(model, settings.model, data, ranks.device)
     say(
         f"{data.name}: {len(data.x_test):,} test images of {' x '.join(map(str, data.x_test.shape[1:]))}, "
         f"{settings.model} from {settings.checkpoint or 'its function'} on {ranks}, seed {settings.seed}"
@@ -96,8 +99,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     about = {"settings": asdict(settings), "images": len(data.x_test), "environment": environment(ranks.device)}
     results = {**about, **results}
     if settings.out is not None and ranks.first:
-        with open(settings.out, "x") as file:
-            file.write(json.dumps(results, indent=2) + "\n")
+        write_results(settings.out, results)
         say(f"results in {settings.out}")
     return results
 
@@ -159,21 +161,6 @@ class _Measure:
         what = {"total": work} if isinstance(work, int) else {"iterable": work}
         hidden = None if self.ranks.first else True
         return tqdm(desc=title, leave=False, unit=unit, dynamic_ncols=True, disable=hidden, **what)
-
-
-def _check_model(model: nn.Module, name: str, data: Dataset, device: torch.device) -> None:
-    """Try the model on two images, so that what does not fit is said before an hour of attacks."""
-    images = data.x_test[:2].to(device).float() / 255
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            logits = find_logits(model(images))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"model {name} cannot take the images of {data.name}: {error}") from error
-    if logits.shape[:1] != images.shape[:1] or logits.dim() != 2 or logits.shape[1] < data.classes:
-        raise ValueError(
-            f"model {name} must return logits (B, C) with C >= {data.classes}, the classes of {data.name}, "
-            f"got {tuple(logits.shape)} for B = {len(images)}"
-        )
 
 
 def _shown(distances: dict[str, float | None]) -> dict[str, str]:

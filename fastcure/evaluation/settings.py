@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fastcure.fields import check_types, check_whole_numbers, shortened
 from fastcure.models import MODELS
-from fastcure.training.settings import setting
+from fastcure.training.run_folder import read_json
+from fastcure.training.settings import MAX_H, read_settings, setting
+from fastcure.writing import json_bytes, write_whole
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,25 @@ class Measurement:
 
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
+        check_types(self)
         if self.model is None or self.dataset is None:
             raise ValueError("what to measure is missing: give --run, or --model and --dataset")
-        for name, low in self.least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+        check_whole_numbers(self, self.least)
+        for name in ("mean", "std"):
+            wrong = [value for value in getattr(self, name) or () if not 0 <= value <= 1]
+            if wrong:
+                raise ValueError(f"{name} must be of pixels in [0, 1], got {wrong[0]:g}: of bytes, divide it by 255")
         if self.model in MODELS and self.checkpoint is None:
             raise ValueError(f"{self.model} has random weights without --checkpoint")
         if self.out is not None:
             path = Path(self.out)
-            if path.exists():
+            with suppress(FileNotFoundError):
+                path.lstat()  # an OSError if there can be no such file
                 raise ValueError(f"out must be a new file, got {path}, which exists: choose another")
             if not path.parent.is_dir():
                 raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
+            with tempfile.TemporaryFile(dir=path.parent):  # says now, not after the measurement, that nothing may be
+                pass
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,19 @@ class AnalysisSettings(Measurement):
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
-        if not self.h > 0:
-            raise ValueError(f"h must be > 0, got {self.h}")
+        if not 0 < self.h <= MAX_H:
+            raise ValueError(f"h must be > 0 and <= {MAX_H:g}, got {self.h}")
+
+
+def write_results(out: str, results: dict[str, Any]) -> None:
+    """Write the results of a measurement as JSON, as a whole or not at all.
+
+    Raises:
+        OSError: if that is impossible, or the file has come to exist since the settings were checked.
+    """
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} has come to exist during the measurement, and is left as it is: see above")
+    write_whole(out, json_bytes(results))
 
 
 def make_evaluation_settings(explicit: dict[str, Any]) -> EvaluationSettings:
@@ -114,15 +135,13 @@ def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"run {run} must be the folder of a finetune run, but {path} does not exist")
-    try:
-        config = json.loads(path.read_text())
-        found = {name: config[name] for name in ("model", "dataset", "data_dir")} | {"eps": tuple(config["eps"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as the settings of a run: {type(error).__name__} {error}") from error
-    if found["model"] not in MODELS and "model" not in explicit:  # finetune writes no other; a file is not to run code
+    model = read_json(path).get("model")
+    if isinstance(model, str) and model not in MODELS:  # finetune writes no other; a file is not to run code
         raise ValueError(
-            f"{path} names the model {found['model']!r}, and only {', '.join(MODELS)} are made at a file's word: give "
-            "your own as --model package.module:function"
+            f"{path} names the model {shortened(model)}, and only {', '.join(MODELS)} are made at a file's word: give "
+            "your own as --model package.module:function, with --checkpoint and --dataset in place of --run"
         )
+    config = read_settings(path, resume=False)
+    found = {name: getattr(config, name) for name in ("model", "dataset", "data_dir", "eps")}
     twin = run / "original.safetensors"
     return {**found, "checkpoint": str(run / "model.safetensors"), "twin": str(twin) if twin.is_file() else None}

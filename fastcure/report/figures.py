@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 STYLES = ("--o", "-s", "-.^", ":D", "--v", "-P")
 
 
-def draw_profiles(rows: list[Row], path: Path) -> None:
+def draw_profiles(rows: list[Row], file: IO[bytes]) -> None:
     """Figure 1: eigenvalues of the input Hessian, in order; exact ones, and those that a finite step sees."""
     figure, panels = _figure(2, sharey=True)
     methods = {"finite": "finite step, h of the penalty", "exact": "exact"}
@@ -27,10 +26,10 @@ def draw_profiles(rows: list[Row], path: Path) -> None:
             axes.plot(range(1, len(values) + 1), values, style[:-1], color=colour, label=name, lw=1.8)
         axes.set(xlabel="rank", ylabel="eigenvalue, mean over images", title=title)
         axes.set_yscale("symlog", linthresh=_threshold([row["eigenvalue"] for row in rows]))
-    _finish(figure, panels, path)
+    _finish(figure, panels, file)
 
 
-def draw_surfaces(planes: list[tuple[str, LossSurface]], path: Path) -> None:
+def draw_surfaces(planes: list[tuple[str, LossSurface]], file: IO[bytes]) -> None:
     """Figure 2: minus the loss, in 3-D above and as contours below, on one scale."""
     figure, _ = _figure(0, size=(4.6 * len(planes), 7.4))
     values = [np.asarray(surface.values[0].double().cpu()) for _, surface in planes]
@@ -54,10 +53,10 @@ def draw_surfaces(planes: list[tuple[str, LossSurface]], path: Path) -> None:
         below.legend(frameon=True, loc="upper right")
         figure.colorbar(filled, ax=below, label="-loss", format="%.1f")
     as_written(figure)
-    figure.savefig(path, dpi=130)
+    figure.savefig(file, dpi=130)
 
 
-def draw_evolution(rows: list[Row], path: Path) -> None:
+def draw_evolution(rows: list[Row], file: IO[bytes]) -> None:
     """Figure 3: curvature and robustness from epoch to epoch."""
     figure, panels = _figure(3)
     titles = {"frobenius": "||H||_F", "along_z": "||H z||", "pgd": "accuracy, PGD-10 at eps 8/255"}
@@ -68,20 +67,20 @@ def draw_evolution(rows: list[Row], path: Path) -> None:
         axes.set(xlabel="epoch of CURE", ylabel=title)
         if key == "pgd":
             axes.set_ylim(-0.02, 1.02)
-    _finish(figure, panels, path)
+    _finish(figure, panels, file)
 
 
-def draw_accuracies(rows: list[Row], path: Path) -> None:
+def draw_accuracies(rows: list[Row], file: IO[bytes]) -> None:
     """Figure 4: accuracy against eps."""
     figure, (axes,) = _figure(1)
     for (name, points), colour, style in zip(_by_model(rows).items(), cycle(COLOURS), cycle(STYLES)):
         radii = [row["eps"] for row in points]
         axes.plot(radii, [row["accuracy"] for row in points], style, color=colour, label=name, ms=5)
     axes.set(xlabel="eps of PGD-10, L-infinity, pixels in [0, 1]", ylabel="accuracy", ylim=(-0.02, 1.02))
-    _finish(figure, axes, path)
+    _finish(figure, axes, file)
 
 
-def draw_bounds(rows: list[Row], path: Path) -> None:
+def draw_bounds(rows: list[Row], file: IO[bytes]) -> None:
     """Theorem 1's bounds for each image, in order of the perturbation found."""
     models = _by_model(rows)
     figure, panels = _figure(len(models), sharey=True)
@@ -97,7 +96,7 @@ def draw_bounds(rows: list[Row], path: Path) -> None:
             values = np.asarray([row[key] for row in points])[order]
             axes.plot(ranks, np.where(np.isfinite(values), values, np.nan), style, color="#D55E00", ms=4, label=words)
         axes.set(xlabel="image, in order", ylabel="L2 perturbation to the boundary", title=name, yscale="log")
-    _finish(figure, panels, path)
+    _finish(figure, panels, file)
 
 
 def _figure(panels: int, size: tuple[float, float] | None = None, **options: Any) -> tuple[Any, Any]:
@@ -109,13 +108,13 @@ def _figure(panels: int, size: tuple[float, float] | None = None, **options: Any
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0] if panels else []
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
+def _finish(figure: Any, axes: Any, file: IO[bytes]) -> None:
     for each in np.atleast_1d(axes):
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
         each.legend(frameon=False)
     as_written(figure)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def _by_model(rows: list[Row]) -> dict[str, list[Row]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
 STYLE = """
@@ -58,9 +57,9 @@ class Html(str):
     __slots__ = ()
 
 
-def figure(path: Path, caption: str) -> str:
+def figure(png: bytes, caption: str) -> str:
     """Return an image, embedded, with its caption."""
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(png).decode()
     return (
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"

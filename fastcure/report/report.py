@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
 
 from fastcure.checklist import verdict
 from fastcure.data import load
+from fastcure.environment import environment, pick_device
+from fastcure.fields import check_whole_numbers
 from fastcure.models import build
 from fastcure.placement import placed
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
-from fastcure.training.finetune import environment, limited, pick_device
-from fastcure.training.run_folder import RunFolder, load_weights
-from fastcure.training.settings import step_lengths
+from fastcure.training.finetune import limited
+from fastcure.training.run_folder import load_weights
+from fastcure.training.settings import Settings, read_settings, step_lengths
+from fastcure.writing import csv_bytes, json_bytes, json_text, write_whole
 
 PAPER = [
     ["paper, SVHN, ResNet-18: normal training", "96.3 %", "0.9 %"],
@@ -29,6 +37,18 @@ PAPER = [
     ["paper, SVHN: adversarial training (Buckman et al.)", "93 %", "33 %"],
 ]
 """Clean, and under PGD(10) at eps = 12/255."""
+
+FIGURES = ("figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds")
+NAMES = {
+    *(f"{name}.{kind}" for name in FIGURES for kind in ("csv", "png")),
+    *("table1.csv", "norms.csv", "checklist.csv", "settings.json", "index.html"),
+}
+"""Files of a report."""
+
+TRACK = ("epoch", "frobenius", "along_z", "clean", "pgd")
+"""Columns of a run's track."""
+
+Files = dict[str, bytes]
 
 
 def report(
@@ -43,6 +63,8 @@ def report(
 ) -> Path:
     """Measure the networks of finished runs, and write the page with its figures and tables.
 
+    Nothing is written before all is measured, and nothing is left where the report cannot be written as a whole.
+
     Args:
         runs: folders of `fastcure finetune`, of one dataset and network. The network before CURE is the first run's.
         out: folder of the report, new or empty; `report` inside the first run by default.
@@ -56,66 +78,107 @@ def report(
         Path of `index.html`.
 
     Raises:
-        ValueError, OSError: before anything is written, if a run is not whole, or runs do not belong together.
+        ValueError, OSError: if a setting is out of range, a run is not whole, runs do not belong together, or the
+            folder cannot be written.
     """
-    folder = RunFolder(out or Path(runs[0]) / "report")
+    if not runs:
+        raise ValueError("runs must be one folder of a finished run at least, got none")
+    check_whole_numbers(SimpleNamespace(seed=seed, limit=limit), {"seed": 0, "limit": 1})
+    folder = Path(out or Path(runs[0]) / "report")
+    _check_free(folder)
     configs = [_config(Path(run)) for run in runs]
     first = configs[0]
     for run, config in zip(runs, configs, strict=True):
         for key in ("dataset", "model"):
-            if config[key] != first[key]:
-                raise ValueError(f"runs must agree in {key}, got {first[key]} in {runs[0]} and {config[key]} in {run}")
+            ours, theirs = getattr(first, key), getattr(config, key)
+            if ours != theirs:
+                raise ValueError(f"runs must agree in {key}, got {ours} in {runs[0]} and {theirs} in {run}")
+    tracks = [_track(Path(run)) for run in runs]
     where = pick_device(device)
-    data = limited(load(first["dataset"], data_dir or first["data_dir"]), limit)
+    data = limited(load(first.dataset, data_dir or first.data_dir), limit)
     images = Images((data.x_test.float() / 255).to(where), data.y_test.to(where))
 
     def network(path: Path) -> torch.nn.Module:
-        model = build(first["model"], data.classes, data.x_test.shape[1])
+        model = build(first.model, data.classes, data.x_test.shape[1])
         load_weights(model, path)
-        return placed(model, first["model"], data.x_test.shape[1:], where)
+        return placed(model, first.model, data.x_test.shape[1:], where)
 
     names = ["after CURE"] if len(runs) == 1 else _short_names(runs)
     subjects = [Subject("before CURE", network(Path(runs[0]) / "original.safetensors"))]
     subjects += [Subject(n, network(Path(run) / "model.safetensors")) for n, run in zip(names, runs, strict=True)]
     say(f"{data.name}: {len(images.x):,} test images, {len(subjects)} networks, on {where}")
 
-    sections = _measure(subjects, images, first, list(zip(names, runs, strict=True)), folder, seed)
+    files: Files = {}
+    evolution = [{"model": name, **row} for name, track in zip(names, tracks, strict=True) for row in track]
+    sections = _measure(subjects, images, first, evolution, files, seed)
     about = environment(where)
-    settings = {"runs": dict(zip(names, configs, strict=True)), "seed": seed, "environment": about}
-    folder.write_json("settings.json", settings)
-    sections.append(Section("Settings", f"<pre>{escape(json.dumps(settings, indent=2))}</pre>"))
+    settings = {"runs": dict(zip(names, map(asdict, configs), strict=True)), "seed": seed, "environment": about}
+    files["settings.json"] = json_bytes(settings)
+    sections.append(Section("Settings", f"<pre>{escape(json_text(settings))}</pre>"))
     introduction = (
-        f"{escape(first['model'])} on {escape(data.name)}, {len(images.x):,} test images; device "
+        f"{escape(first.model)} on {escape(data.name)}, {len(images.x):,} test images; device "
         f"{escape(str(about['device']))}. Every table and figure has its numbers as CSV beside this page."
     )
-    folder.write("index.html", page(f"CURE on {data.name}", introduction, sections).encode())
-    say(f"report in {folder.path / 'index.html'}")
-    return folder.path / "index.html"
+    files["index.html"] = page(f"CURE on {data.name}", introduction, sections).encode(errors="xmlcharrefreplace")
+    _write(folder, files)
+    say(f"report in {folder / 'index.html'}")
+    return folder / "index.html"
+
+
+def _check_free(folder: Path) -> None:
+    """Check that a report can be written to `folder`: what a killed one has left there is no hindrance.
+
+    Raises:
+        ValueError: if the folder holds something else, or a whole report.
+        OSError: if nothing can be written there.
+    """
+    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    left = NAMES | {f".{name}.partial" for name in NAMES}
+    if (os.path.lexists(folder) and not folder.is_dir()) or held - left or "index.html" in held:
+        raise ValueError(f"out must be a new or an empty folder, got {folder}, which holds something: choose another")
+    with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.absolute().parents) if place.is_dir())):
+        pass
+
+
+def _write(folder: Path, files: Files) -> None:
+    """Write the files of a report, the page last, or none of them."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_whole(folder / name, content)
+    except (Exception, KeyboardInterrupt):
+        for name in files:
+            with suppress(OSError):
+                (folder / name).unlink()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _measure(
     subjects: list[Subject],
     images: Images,
-    config: dict[str, Any],
-    runs: list[tuple[str, str]],
-    folder: RunFolder,
+    config: Settings,
+    tracks: list[Row],
+    files: Files,
     seed: int,
 ) -> list[Section]:
-    last = max(config["eps"])
-    radii = sorted({0.0, *config["eps"], *(last * i / 8 for i in range(1, 11))})
+    last = max(config.eps)
+    radii = sorted({0.0, *config.eps, *(last * i / 8 for i in range(1, 11))})
     sections = []
 
     accuracies = measures.accuracies(subjects, images, radii, seed, _bar)
-    folder.write_csv("figure4_accuracy.csv", accuracies)
     at = {(row["model"], row["eps"]): row["accuracy"] for row in accuracies}
     rows = [[name, _percent(at[name, 0.0]), _percent(at[name, last])] for name, _ in subjects]
     heads = ["network", "clean", f"PGD-10, eps {last:.4g}"]
-    folder.write_csv("table1.csv", [dict(zip(heads, row, strict=True)) for row in [*rows, *PAPER]])
+    files["table1.csv"] = csv_bytes([dict(zip(heads, row, strict=True)) for row in [*rows, *PAPER]])
     note = '<p class="note">Rows in italics are the paper\'s own, at PGD(10) and eps 12/255, for orientation.</p>'
     sections.append(Section("Table 1: accuracy", table(heads, [*rows, *PAPER], paper=len(PAPER)) + note))
 
     norms = measures.norms(subjects, images, seed, _bar)
-    folder.write_csv("norms.csv", norms)
+    files["norms.csv"] = csv_bytes(norms)
     norm_rows = [
         [row["model"], *(f"{row[key]:.3g} ± {row[f'{key}_standard_error']:.2g}" for key in ("frobenius", "along_z"))]
         for row in norms
@@ -124,36 +187,29 @@ def _measure(
     sections.append(
         Section(
             "Figure 1: curvature",
-            _drawn(folder, "figure1_profile", profiles, figures.draw_profiles, PROFILE_CAPTION)
+            _drawn(files, "figure1_profile", profiles, figures.draw_profiles, PROFILE_CAPTION)
             + table(["network", "||H||_F", "||H z||"], norm_rows),
         )
     )
 
     planes = measures.surfaces(subjects, images, seed)
     if planes:
-        folder.write_csv("figure2_surface.csv", _surface_rows(planes))
-        figures.draw_surfaces(planes, folder.path / "figure2_surface.png")
-        sections.append(
-            Section("Figure 2: loss surfaces", figure(folder.path / "figure2_surface.png", SURFACE_CAPTION))
-        )
+        files["figure2_surface.csv"] = csv_bytes(_surface_rows(planes))
+        files["figure2_surface.png"] = _png(figures.draw_surfaces, planes)
+        drawn = figure(files["figure2_surface.png"], SURFACE_CAPTION)
+        sections.append(Section("Figure 2: loss surfaces", drawn))
 
-    tracks = [{"model": name, **row} for name, run in runs for row in _track(Path(run))]
     missing = '<p class="note">Not tracked: <code>fastcure finetune --track</code> records it.</p>'
-    drawn = _drawn(folder, "figure3_evolution", tracks, figures.draw_evolution, TRACK_CAPTION) if tracks else missing
+    drawn = _drawn(files, "figure3_evolution", tracks, figures.draw_evolution, TRACK_CAPTION) if tracks else missing
     sections.append(Section("Figure 3: evolution", drawn))
 
-    sections.append(
-        Section(
-            "Figure 4: accuracy against eps",
-            figure(_draw(folder, "figure4_accuracy", accuracies, figures.draw_accuracies), CURVE_CAPTION),
-        )
-    )
+    drawn = _drawn(files, "figure4_accuracy", accuracies, figures.draw_accuracies, CURVE_CAPTION)
+    sections.append(Section("Figure 4: accuracy against eps", drawn))
 
     bounds = measures.bounds(subjects, images, _bar)
     if bounds:
-        sections.append(
-            Section("Theorem 1", _drawn(folder, "theorem1_bounds", bounds, figures.draw_bounds, BOUND_CAPTION))
-        )
+        drawn = _drawn(files, "theorem1_bounds", bounds, figures.draw_bounds, BOUND_CAPTION)
+        sections.append(Section("Theorem 1", drawn))
 
     checked = measures.checklists(subjects[1:], subjects[0].model, images, last, seed, _bar)
     marks = {True: Html('<span class="pass">pass</span>'), False: Html('<span class="fail">FAIL</span>'), None: "skip"}
@@ -170,7 +226,7 @@ def _measure(
         for item in items
     ]
     if items_rows:
-        folder.write_csv("checklist.csv", items_rows)
+        files["checklist.csv"] = csv_bytes(items_rows)
     sections.append(Section("Gradient masking", body or "<p>Nothing to examine.</p>"))
     return sections
 
@@ -193,15 +249,16 @@ BOUND_CAPTION = (
 )
 
 
-def _drawn(folder: RunFolder, name: str, rows: list[Row], draw: Callable[[list[Row], Path], None], caption: str) -> str:
-    folder.write_csv(f"{name}.csv", rows)
-    return figure(_draw(folder, name, rows, draw), caption)
+def _drawn(files: Files, name: str, rows: list[Row], draw: Callable[[list[Row], IO[bytes]], None], caption: str) -> str:
+    files[f"{name}.csv"] = csv_bytes(rows)
+    files[f"{name}.png"] = _png(draw, rows)
+    return figure(files[f"{name}.png"], caption)
 
 
-def _draw(folder: RunFolder, name: str, rows: list[Row], draw: Callable[[list[Row], Path], None]) -> Path:
-    path = folder.path / f"{name}.png"
-    draw(rows, path)
-    return path
+def _png(draw: Callable[[Any, IO[bytes]], None], subject: Any) -> bytes:
+    file = io.BytesIO()
+    draw(subject, file)
+    return file.getvalue()
 
 
 def _surface_rows(planes: list[tuple[str, Any]]) -> list[Row]:
@@ -214,29 +271,33 @@ def _surface_rows(planes: list[tuple[str, Any]]) -> list[Row]:
 
 
 def _track(run: Path) -> list[Row]:
+    """Read the track of a run, if it has one.
+
+    Raises:
+        ValueError: if a row does not have a number in each of its columns.
+    """
     path = run / "track.csv"
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="") as file:
+            rows = [{name: row[name] for name in TRACK} for row in csv.DictReader(file)]
+        [float(value) for row in rows for value in row.values()]
+        return rows
+    except (ValueError, KeyError, TypeError, csv.Error) as error:  # of a short row, the last columns are None
+        raise ValueError(f"{path} must have a number in each of {', '.join(TRACK)}, in each row: {error}") from error
 
 
-def _config(run: Path) -> dict[str, Any]:
+def _config(run: Path) -> Settings:
     for name in ("config.json", "metrics.json", "original.safetensors", "model.safetensors"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not a finished run of fastcure finetune: {run / name} does not exist")
-    try:
-        config = json.loads((run / "config.json").read_text())
-        {key: config[key] for key in ("dataset", "data_dir", "model", "eps", "h", "epochs")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run / 'config.json'} cannot be read as the settings of a run: {error!r}") from error
-    return dict(config)
+    return read_settings(run / "config.json", resume=False)
 
 
-def _last_h(config: dict[str, Any], values: int) -> float:
+def _last_h(config: Settings, values: int) -> float:
     """Return the L2 length of the finite step that fine-tuning ended with, on images of so many values."""
-    unit, epochs = config.get("h_unit", "l2"), config["epochs"]
-    return step_lengths(config["h"], unit, epochs, config["eps"], values).at(epochs)
+    return step_lengths(config.h, config.h_unit, config.epochs, config.eps, values).at(config.epochs)
 
 
 def _short_names(runs: Sequence[str]) -> list[str]:

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcure.extras import extra
+from fastcure.fields import check_types, check_whole_numbers, shortened
+from fastcure.writing import json_text
+
 Parts = dict[str, dict[str, Tensor]]
 
 
@@ -38,14 +42,13 @@ class Progress:
 
 def pack(progress: Progress, parts: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     """Return the file's content; the tensor `name` of `part` is called `part/name` there."""
-    from safetensors.torch import save
-
+    save = extra("safetensors.torch", "to write the state of a run").save
     tensors = {
         f"{part}/{name}": tensor.detach().cpu().contiguous()
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
-    text = json.dumps(asdict(progress))
+    text = json_text(asdict(progress), indent=None)
     return save(tensors, {"fastcure": text, "crc32": str(_crc32(text, tensors))})
 
 
@@ -55,8 +58,7 @@ def unpack(path: Path) -> tuple[Progress, Parts]:
     Raises:
         ValueError: if the file is truncated or another's, or a bit of it is not as it was written.
     """
-    from safetensors import safe_open
-
+    safe_open = extra("safetensors", "to read the state of a run").safe_open
     parts: Parts = {}
     try:
         with safe_open(path, "pt") as file:
@@ -66,6 +68,7 @@ def unpack(path: Path) -> tuple[Progress, Parts]:
         if str(_crc32(text, tensors)) != checksum:
             raise ValueError("its checksum is not that of its content")
         progress = Progress(**json.loads(text))
+        _check(progress)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -75,6 +78,22 @@ def unpack(path: Path) -> tuple[Progress, Parts]:
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
     return progress, parts
+
+
+def _check(progress: Progress) -> None:
+    """Check what a file says of its run: a checksum shows damage, not who wrote it.
+
+    Raises:
+        ValueError: naming the first value that does not fit.
+    """
+    check_types(progress)
+    check_whole_numbers(progress, {"microbatch": 1, "epoch": 0, "step": 0})
+    if progress.phase not in ("pretrain", "cure"):
+        raise ValueError(f"phase must be pretrain or cure, got {shortened(progress.phase)}")
+    for name in ("history", "track"):
+        rows = getattr(progress, name)
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise ValueError(f"{name} must have the same columns in each row")
 
 
 def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:

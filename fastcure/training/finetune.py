@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcure import __version__
 from fastcure.data import Dataset, load
+from fastcure.environment import environment, pick_device
 from fastcure.models import build
 from fastcure.placement import placed
 from fastcure.training.curves import draw_curves
@@ -123,23 +121,6 @@ def silent(_: str) -> None:
     """Take the lines of the processes that do not print."""
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: for a name that is none, or a GPU that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:0, ... and present, got {name!r}: {reason}") from error
-    return device
-
-
 def limited(data: Dataset, limit: int | None) -> Dataset:
     """Return the first `limit` images of each split, or all."""
     if limit is None:
@@ -158,17 +139,6 @@ def make_model(settings: Settings, data: Dataset) -> nn.Module:
     pixels = data.x_train[:10_000].transpose(0, 1).reshape(channels, -1).double() / 255
     std = pixels.std(1).clamp_min(1e-2)  # a constant channel has none
     return build(settings.model, data.classes, channels, pixels.mean(1).tolist(), std.tolist())
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions and device, for a reader of the results."""
-    return {
-        "fastcure": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
-        "threads": torch.get_num_threads(),
-    }
 
 
 def collapse(metrics: dict[str, Metrics], y_test: Tensor) -> list[str]:

@@ -97,7 +97,7 @@ class Run:
             if self.ranks.device.type == "cuda" and "cuda" in parts["random"]:
                 torch.cuda.set_rng_state(parts["random"]["cuda"], self.ranks.device)
             self.tally.numbers.copy_(parts["tally"]["numbers"])
-        except (RuntimeError, KeyError, IndexError, ValueError) as error:
+        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
         known = [n for n in (progress.microbatch, self.settings.microbatch) if n is not None]
         progress.microbatch = min(known, default=None)

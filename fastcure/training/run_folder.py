@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,10 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastcure.extras import extra
 from fastcure.training.state_dict import find_state_dict, fit_names, misfit
+from fastcure.training.weights_file import read_weights
+from fastcure.writing import csv_bytes, json_bytes, json_text, sync_folder, write_whole
 
 MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite")
 """Settings in which a resumed run may differ from its beginning: where things are, and what to do in distress."""
@@ -61,7 +60,7 @@ class RunFolder:
         """
         path = self.path / "config.json"
         began = read_json(path) if self.begun else {}
-        for name, value in json.loads(json.dumps(settings)).items():
+        for name, value in json.loads(json_text(settings)).items():
             if name in began and name not in MAY_CHANGE and began[name] != value:
                 raise ValueError(
                     f"{name} must be {began[name]!r} as in the run to be resumed, {path}, got {value!r}: leave it out, "
@@ -78,20 +77,15 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write `name` with keys in the order given."""
-        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+        self.write(name, json_bytes(content))
 
     def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write `name`, one line a row; all rows have the keys of the first."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        self.write(name, text.getvalue().encode())
+        self.write(name, csv_bytes(rows))
 
     def write_weights(self, name: str, model: nn.Module) -> None:
         """Write the model's state dict as safetensors: no path or time in it, so equal weights are equal bytes."""
-        from safetensors.torch import save
-
+        save = extra("safetensors.torch", "to write weights").save
         self.write(name, save({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}))
 
     def write(self, name: str, content: bytes) -> None:
@@ -100,41 +94,21 @@ class RunFolder:
         Raises:
             OSError: if the disk is full, for instance.
         """
-        partial = self.path / f".{name}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / name)
-            self._sync()
+            write_whole(self.path / name, content)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise OSError(
-                f"{self.path / name} cannot be written ({error.strerror or error}); what was saved before is whole: "
-                "mend that, and go on with --resume"
-            ) from error
+            raise OSError(f"{error}; what was saved before is whole: fix that, and continue with --resume") from error
 
     def finish(self) -> None:
         """Remove the state of the run, which is over."""
         self.checkpoint.unlink()
-        self._sync()
-
-    def _sync(self) -> None:
-        """Make renamed and removed names last through a power failure, where the system lets one."""
-        if os.name == "posix":
-            folder = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        sync_folder(self.path)
 
 
 @contextmanager
 def reserved(path: str | os.PathLike[str]) -> Iterator[bool]:
-    """Keep other processes from this folder, which is made if need be, and removed if it was and stays empty.
+    """Keep other processes from this folder, which is made if need be, and removed again if it stays empty.
 
     The lock is the operating system's and ends with the process, however that ends. There is none on Windows, nor on
     file systems that lock no folders (NFS).
@@ -147,7 +121,7 @@ def reserved(path: str | os.PathLike[str]) -> Iterator[bool]:
         return
     import fcntl
 
-    made = not os.path.exists(path)
+    made = [place for place in (Path(path), *Path(path).parents) if not place.exists()]
     os.makedirs(path, exist_ok=True)
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -160,9 +134,9 @@ def reserved(path: str | os.PathLike[str]) -> Iterator[bool]:
             pass
         yield free
     finally:
-        if made:
+        for place in made:
             with suppress(OSError):
-                os.rmdir(path)
+                place.rmdir()
         os.close(folder)
 
 
@@ -174,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}): is it whole?") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -198,11 +172,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], log: Callable[[
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist: give a .safetensors, .pt or .pth file")
-    try:
-        content = _read_weights(path)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read as weights ({reason}): is it whole?") from error
+    content = read_weights(path)
     try:
         state, done = find_state_dict(content)
         state, fitted = fit_names(state, model)
@@ -217,12 +187,3 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], log: Callable[[
         raise ValueError(f"checkpoint {path} does not fit the model: {reason}{after}") from error
     if done and log is not None:
         log(f"checkpoint {path}: {'; '.join(done)}")
-
-
-def _read_weights(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of timm's and torchvision's scripts
-        return torch.load(path, map_location="cpu", weights_only=True)

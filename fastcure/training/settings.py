@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastcure.checks import check_fraction
 from fastcure.curvature import BatchStats, LossAt, check_modes
 from fastcure.engines import ENGINES
+from fastcure.fields import check_types, check_whole_numbers, shortened
 from fastcure.microbatch import check_parts
 from fastcure.models import MODELS
 from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule
 from fastcure.units import eps_to_h
+
+MAX_H = 1e4
+"""Largest h: far longer than the diagonal of the pixels' box, and far from where squares overflow in float32."""
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -73,6 +77,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
+        check_types(self)
         choices = {
             "model": tuple(MODELS),
             "power": (1, 2),
@@ -87,10 +92,7 @@ class Settings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "microbatch": 1, "limit": 1, "seed": 0, "track": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+        check_whole_numbers(self, least)
         check_modes(self.power, self.batch_stats, self.loss_at)
         check_parts(self.microbatch, self.batch_stats)
         check_fraction(self.fraction)
@@ -98,8 +100,9 @@ class Settings:
             raise ValueError(f"engine must be auto or eager with batch_stats='train', got {self.engine!r}")
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
             raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
-        if min(value for segment in self.schedule("h").segments for value in segment[:2]) <= 0:
-            raise ValueError(f"h must be > 0, got {self.h}")
+        lengths = [value for segment in self.schedule("h").segments for value in segment[:2]]
+        if min(lengths) <= 0 or max(lengths) > MAX_H:
+            raise ValueError(f"h must be > 0 and <= {MAX_H:g}, got {self.h}")
         for name in ("lr", "gamma", "pretrain_lr"):
             self.schedule(name)
 
@@ -177,14 +180,36 @@ def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings
     """
     path = Path(explicit.get("out", Settings.out)) / "config.json"
     if resume and path.is_file():
-        began = read_json(path)
-        try:
-            return Settings(**{**began, "eps": tuple(began["eps"]), **explicit})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
+        return replace(read_settings(path), **explicit)
     name = explicit.get("preset")
     if name is None and explicit.get("dataset", "digits") == "digits":
         name = "digits"
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return Settings(**{**PRESETS.get(name or "", {}), **explicit, "preset": name})
+
+
+def read_settings(path: Path, *, resume: bool = True) -> Settings:
+    """Read the `config.json` of a run, which is not trusted: every value is checked, and the model is a bundled one.
+
+    Args:
+        path: of the file.
+        resume: to go on with the run, nothing may be unknown. Otherwise settings that this version does not have are
+            left out.
+
+    Raises:
+        ValueError: if the file does not hold the settings of a run.
+    """
+    content = read_json(path)
+    lacking = [name for name in ("dataset", "data_dir", "model", "eps") if name not in content]
+    known = {each.name for each in fields(Settings)}
+    unknown = sorted(content.keys() - known) if resume else []
+    if lacking or unknown:
+        what = f"lacks {lacking[0]}" if lacking else f"has {shortened(unknown[0])}, which no run has"
+        raise ValueError(f"{path} does not hold the settings of a run: it {what}")
+    try:
+        # Runs from before `h_unit` had L2 lengths.
+        found = Settings(**{name: value for name, value in {"h_unit": "l2", **content}.items() if name in known})
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
+    return replace(found, eps=tuple(found.eps))

@@ -1,10 +1,16 @@
 """A run of `fastcure finetune` that is small enough to be repeated many times."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from fastcure.cli import main
+from fastcure.models import resnet8
+from fastcure.training.run_folder import RunFolder
+from fastcure.training.settings import make_settings
 
 COMPARED = ("model.safetensors", "original.safetensors", "history.csv", "metrics.json")
 FILES = ["config.json", "curves.png", "environment.json", *COMPARED]
@@ -22,6 +28,28 @@ def write_npz(path: Path, seed: int = 0) -> Path:
 
 def finetune(npz: Path, out: Path, *flags: str) -> int:
     return main(["finetune", "--dataset", f"npz:{npz}", "--out", str(out), *SMALL, *flags])
+
+
+def write_run(path: Path) -> Path:
+    """The folder of a finished run on `a.npz`, of which no step was taken."""
+    folder = RunFolder(path)
+    folder.write_json("config.json", vars(make_settings({"dataset": "npz:a.npz", "eps": (0.1,), "device": "cpu"})))
+    folder.write_json("metrics.json", {})
+    model = resnet8(classes=2)
+    folder.write_weights("original.safetensors", model)
+    folder.write_weights("model.safetensors", model)
+    return path
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write more to a file, as a full disk does, for every user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(out: Path) -> dict[str, bytes]:

@@ -33,12 +33,18 @@ def test_unknown_name_lists_the_known(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "module"),
-    [("digits", "sklearn.datasets"), ("hf:./x", "datasets"), ("hf:./x", "PIL")],
+    ("name", "module", "package"),
+    [
+        ("digits", "sklearn.datasets", "scikit-learn"),
+        ("hf:./x", "datasets", "datasets"),
+        ("hf:./x", "PIL", "pillow"),
+    ],
 )
-def test_a_missing_package_names_the_extra(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_as_pip_knows_it(
+    name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf'{module} is needed.*pip install "fastcure\[train\]"$'):
+    with pytest.raises(ModuleNotFoundError, match=f"the package {package} is needed .*: pip install {package}$"):
         load(name)
 
 

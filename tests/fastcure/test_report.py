@@ -1,16 +1,27 @@
 """`fastcure analyze` and `fastcure report` on a small run, and the track that figure 3 is drawn from."""
 
 import contextlib
+import copy
 import csv
 import json
+from base64 import b64encode
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_runs import contents, files_of_at_most, write_npz, write_run
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import fastcure.evaluation.settings as measurement
 from fastcure.cli import main
-from fastcure.report import measures
+from fastcure.models import resnet8
+from fastcure.report import figures, measures
+from fastcure.report import report as reporting
 from fastcure.report.page import Html, table
 
 FIGURES = ["figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds"]
@@ -41,8 +52,50 @@ def test_tracking_does_not_disturb_training(runs: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert json.loads((runs / "tracked" / "config.json").read_text())["track"] == 1000
-    assert all(float(row["frobenius"]) > 0 and 0 <= float(row["pgd"]) <= 1 for row in rows)
+    metrics, followed = json.loads((runs / "tracked" / "metrics.json").read_text()), 24
+    for row, when in ((rows[0], "before"), (rows[-1], "after")):  # all test images are followed
+        assert float(row["clean"]) == metrics[when]["clean"]
+        assert float(row["pgd"]) * followed == pytest.approx(round(float(row["pgd"]) * followed), abs=1e-9)
+        model, (x, y) = network(runs / "tracked", when), images(runs)
+        assert float(row["along_z"]) == pytest.approx(float(plain_along_z(model, x, y).mean()), rel=1e-4)
+        assert metrics[when]["pgd"]["0.1"] <= float(row["pgd"]) <= float(row["clean"])  # 8/255 < 0.1
+    assert len({row["along_z"] for row in rows}) == 3
     assert not (runs / "plain" / "track.csv").exists()
+
+
+def network(run: Path, when: str) -> nn.Module:
+    model = resnet8(classes=3, channels=1)
+    model.load_state_dict(load_file(run / f"{'original' if when == 'before' else 'model'}.safetensors"))
+    return model.eval()
+
+
+def images(runs: Path) -> tuple[Tensor, Tensor]:
+    with np.load(runs / "grey.npz") as arrays:
+        return torch.from_numpy(arrays["x_test"])[:, None].float() / 255, torch.from_numpy(arrays["y_test"])
+
+
+def plain_along_z(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """||H z|| (B,), by a central difference of gradients in float64, shorter than the way to the next kink."""
+    model, x = copy.deepcopy(model).double(), x.double()
+
+    def gradient(point: Tensor) -> Tensor:
+        point = point.requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)[0]
+
+    sign = gradient(x.clone()).sign().flatten(1)
+    z = (sign / sign.norm(dim=1, keepdim=True)).view_as(x)
+    return ((gradient(x + 1e-7 * z) - gradient(x - 1e-7 * z)) / 2e-7).flatten(1).norm(dim=1)
+
+
+def check_picture(path: Path) -> None:
+    """More than a white page, and drawn in more than one colour."""
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    share = (pixels < 250).any(1).mean()
+    coloured = (pixels.max(1).astype(int) - pixels.min(1) > 60).mean()
+    assert 0.01 < share < 0.95
+    assert coloured > 0.001
 
 
 class Page(HTMLParser):
@@ -67,7 +120,7 @@ def test_the_report_of_two_runs(runs: Path) -> None:
     out = runs / "report"
     assert main(["report", str(runs / "tracked"), str(runs / "plain"), "--out", str(out)]) == 0
     for name in FIGURES:
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        check_picture(out / f"{name}.png")
         with (out / f"{name}.csv").open(newline="") as file:
             models = {row["model"] for row in csv.DictReader(file)}
         assert "tracked" in models
@@ -82,8 +135,9 @@ def test_the_report_of_two_runs(runs: Path) -> None:
         "Gradient masking",
         "Settings",
     ]
-    assert len(page.sources) == 5
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)  # nothing is fetched
+    for name, source in zip(FIGURES, page.sources, strict=True):  # nothing is fetched
+        assert source.removeprefix("data:image/png;base64,") == b64encode((out / f"{name}.png").read_bytes()).decode()
+    assert {path.name for path in out.iterdir()} == reporting.NAMES
     with (out / "figure4_accuracy.csv").open(newline="") as file:
         found = {(row["model"], float(row["eps"])): float(row["accuracy"]) for row in csv.DictReader(file)}
     metrics = json.loads((runs / "tracked" / "metrics.json").read_text())
@@ -165,3 +219,106 @@ def test_cells_are_escaped() -> None:
     assert "&lt;a&gt;" in text
     assert "&lt;b&gt;" in text
     assert "<i>c</i>" in text
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run, whose report has a small file and a large one."""
+
+    def measure(*arguments: object) -> list[object]:
+        files = next(argument for argument in arguments if isinstance(argument, dict))
+        files |= {"norms.csv": b"small", "table1.csv": bytes(200_000)}
+        return []
+
+    monkeypatch.chdir(tmp_path)
+    write_npz(tmp_path / "a.npz")
+    write_run(tmp_path / "run")
+    monkeypatch.setattr(reporting, "_measure", measure)
+    return tmp_path
+
+
+REPORT = ["report", "run", "--limit", "4"]
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_report_on_a_full_disk_leaves_nothing(quick: Path, empty: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """It can be written again, to the same folder, once there is space."""
+    out = quick / "run" / "report"
+    if empty:
+        out.mkdir()
+    with files_of_at_most(100_000):
+        assert main(REPORT) == 2
+    error = capsys.readouterr().err
+    assert error == "fastcure: error: run/report/table1.csv cannot be written (File too large)\n"
+    assert (contents(out) if empty else out.exists()) == ({} if empty else False)
+    assert main(REPORT) == 0
+    assert set(contents(out)) == {"norms.csv", "table1.csv", "settings.json", "index.html"}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, FloatingPointError, MemoryError])
+def test_a_report_that_is_stopped_leaves_nothing(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: type[BaseException]
+) -> None:
+    def fail(*_: object) -> None:
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, "_measure", fail)
+        assert main(REPORT) in (1, 2, 130)
+    assert "--resume" not in capsys.readouterr().err
+    assert not (quick / "run" / "report").exists()
+    assert main(REPORT) == 0
+
+
+def test_what_a_killed_report_has_left_is_no_hindrance(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = quick / "run" / "report"
+    out.mkdir()
+    for name in ("norms.csv", "figure1_profile.png", ".table1.csv.partial"):
+        (out / name).write_text("half of")
+    assert main(REPORT) == 0
+    assert main(REPORT) == 2
+    error = capsys.readouterr().err
+    assert "out must be a new or an empty folder, got run/report, which holds something: choose another" in error
+    assert "--resume" not in error
+    (out / "index.html").unlink()
+    (out / "mine").write_text("kept")
+    assert main(REPORT) == 2
+
+
+def test_a_page_that_is_whole_comes_last(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = reporting.write_whole, []
+
+    def remember(path: Path, content: bytes) -> None:
+        written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(reporting, "write_whole", remember)
+    assert main(REPORT) == 0
+    assert written[-1] == "index.html"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze"])
+def test_a_measurement_on_a_full_disk_leaves_nothing(
+    quick: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [command, "--run", "run", "--limit", "2", "--out", "out.json"]
+    flags += ["--probes", "2", "--extremes", "1"] if command == "analyze" else ["--eps", "0.1", "--steps", "1"]
+    with files_of_at_most(100):
+        assert main(flags) == 2
+    assert "fastcure: error: out.json cannot be written (File too large)\n" in capsys.readouterr().err
+    assert not (quick / "out.json").exists()
+    assert main(flags) == 0
+    assert json.loads((quick / "out.json").read_text())["images"] == 2
+
+
+def test_results_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    measurement.write_results(str(tmp_path / "a.json"), {"mean": float("inf"), "all": [float("nan"), 1.0]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"mean": None, "all": [None, 1.0]}
+
+
+def test_a_dollar_in_the_name_of_a_run(tmp_path: Path) -> None:
+    """Matplotlib takes it for mathematics, which `$^$` is not."""
+    rows = [{"model": "d$^$", "eps": eps, "accuracy": 1 - eps} for eps in (0.0, 0.5)]
+    with (tmp_path / "a.png").open("wb") as file:
+        figures.draw_accuracies(rows, file)
+    check_picture(tmp_path / "a.png")
