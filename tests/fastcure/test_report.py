@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import fastcure.evaluation.settings as measurement
 from fastcure.cli import main
 from fastcure.models import resnet8
-from fastcure.report import figures, measures
+from fastcure.report import measures
 from fastcure.report import report as reporting
 from fastcure.report.page import Html, table
 
@@ -314,11 +314,3 @@ def test_a_measurement_on_a_full_disk_leaves_nothing(
 def test_results_that_are_not_finite_are_null(tmp_path: Path) -> None:
     measurement.write_results(str(tmp_path / "a.json"), {"mean": float("inf"), "all": [float("nan"), 1.0]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"mean": None, "all": [None, 1.0]}
-
-
-def test_a_dollar_in_the_name_of_a_run(tmp_path: Path) -> None:
-    """Matplotlib takes it for mathematics, which `$^$` is not."""
-    rows = [{"model": "d$^$", "eps": eps, "accuracy": 1 - eps} for eps in (0.0, 0.5)]
-    with (tmp_path / "a.png").open("wb") as file:
-        figures.draw_accuracies(rows, file)
-    check_picture(tmp_path / "a.png")
