@@ -95,8 +95,10 @@ class AnalysisSettings(Measurement):
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
-        if not 0 < self.h <= MAX_H:
-            raise ValueError(f"h must be > 0 and <= {MAX_H:g}, got {self.h}")
+        if self.h <= 0:
+            raise ValueError(f"h must be > 0, got {self.h}")
+        if self.h > MAX_H:
+            raise ValueError(f"h must be <= {MAX_H:g}, got {self.h}")
 
 
 def write_results(out: str, results: dict[str, Any]) -> None:

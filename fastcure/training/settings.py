@@ -101,8 +101,10 @@ class Settings:
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
             raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
         lengths = [value for segment in self.schedule("h").segments for value in segment[:2]]
-        if min(lengths) <= 0 or max(lengths) > MAX_H:
-            raise ValueError(f"h must be > 0 and <= {MAX_H:g}, got {self.h}")
+        if min(lengths) <= 0:
+            raise ValueError(f"h must be > 0, got {self.h}")
+        if max(lengths) > MAX_H:
+            raise ValueError(f"h must be <= {MAX_H:g}, got {self.h}")
         for name in ("lr", "gamma", "pretrain_lr"):
             self.schedule(name)
 

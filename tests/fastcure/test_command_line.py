@@ -151,7 +151,7 @@ def test_the_options_are_all(capsys: pytest.CaptureFixture[str]) -> None:
         (["finetune", "--eps", "1e999999999"], "finite numbers"),  # as a fraction it has a thousand million digits
         (["evaluate", "--mean", "1e400"], "argument --mean: finite numbers"),
         (["evaluate", *NETWORK, "--mean", "123.7"], "mean must be of pixels in [0, 1], got 123.7: of bytes, divide it"),
-        (["finetune", "--h", "1e300", "--h-unit", "l2"], "h must be > 0 and <= 10000, got 1e300"),
+        (["finetune", "--h", "1e300", "--h-unit", "l2"], "h must be <= 10000, got 1e300"),
         (["analyze", *BASES["analyze"], "--h", "inf"], "h must be a finite number, got inf"),
         (["finetune", "--device", "meta"], "device must be auto, cpu, cuda, cuda:0, ... and present, got 'meta'"),
         (["finetune", "--seed", str(2**64)], f"seed must be <= {2**64 - 1}, got {2**64}"),
