@@ -15,6 +15,7 @@ from fastcure.curvature import BatchStats, LossAt, attach, check_arguments, chec
 from fastcure.data_parallel import averaged_once
 from fastcure.engines import engine_called
 from fastcure.microbatch import check_parts, in_parts
+from fastcure.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure.objective import LossFn, ModelWithLoss, cross_entropy, unwrap
 
 SETTINGS = ("h", "gamma", "loss_fn", "power", "engine", "batch_stats", "loss_at", "fraction", "microbatch")
@@ -172,6 +173,7 @@ class CURE(nn.Module):
         """The penalty of the first samples, and the loss of all."""
         check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
         model, rest = unwrap(self.model), len(x) - some
+        warn_of_idle_norms(model, self.batch_stats)
         whole = ModelWithLoss(model, self.loss_fn)(x, y) if self.batch_stats == "split" else None
         h = self.h if isinstance(self.h, Tensor) and self.h.dim() else None
 
@@ -191,7 +193,8 @@ class CURE(nn.Module):
 
         if whole is None:  # the part that moves statistics comes last: nothing may fail after it
             order = (True, False) if some <= rest else (False, True)
-            parts = {penalised: part(penalised, moves=penalised == order[1]) for penalised in order}
+            with regularisation_left_out(model, self.loss_fn, self.engine, self.batch_stats):
+                parts = {penalised: part(penalised, moves=penalised == order[1]) for penalised in order}
             logits, loss = (torch.cat([parts[True][i], parts[False][i]]) for i in (0, 1))
             penalty = parts[True][2]
         else:
@@ -203,16 +206,18 @@ class CURE(nn.Module):
         check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
         check_parts(microbatch, self.batch_stats)
         model, split, some = unwrap(self.model), self.batch_stats == "split", self._penalised(x)
+        warn_of_idle_norms(model, self.batch_stats)
         called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
         w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / some
-        parts = in_parts(
-            *(model, x, y, self.h, w_loss, w_penalty, microbatch),
-            penalised=some,
-            loss_fn=self.loss_fn,
-            power=self.power,
-            engine=self.engine,
-            stepped=self.loss_at == "step",
-        )
+        with regularisation_left_out(model, self.loss_fn, self.engine, self.batch_stats):
+            parts = in_parts(
+                *(model, x, y, self.h, w_loss, w_penalty, microbatch),
+                penalised=some,
+                loss_fn=self.loss_fn,
+                power=self.power,
+                engine=self.engine,
+                stepped=self.loss_at == "step",
+            )
         penalty = parts.penalty.mean()
         total, loss, logits = parts.total, parts.loss.mean(), parts.logits
         if called is not None:

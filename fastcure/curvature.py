@@ -21,6 +21,7 @@ from fastcure.checks import check_batch, check_positive, not_inside_torch_compil
 from fastcure.data_parallel import averaged_once, refuse_static_graph, refuse_wrappers_within
 from fastcure.engines import Engine, Evaluation, LossOnly, engine_called
 from fastcure.first_batch import first_batch, warn_of_small_step
+from fastcure.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
 
 BatchStats = Literal["frozen", "split", "train"]
@@ -91,16 +92,18 @@ def curvature(
     """
     check_arguments(x, y, h, power, batch_stats, loss_at, direction)
     model = unwrap(model)
+    warn_of_idle_norms(model, batch_stats)
     called = ModelWithLoss(model, loss_fn)(x, y) if batch_stats == "split" else None
-    chosen, evaluation = evaluate(
-        *(model, x, y, h),
-        loss_fn=loss_fn,
-        power=power,
-        engine=engine,
-        direction=direction,
-        stepped=loss_at == "step",
-        batch_norms_train=batch_stats == "train",
-    )
+    with regularisation_left_out(model, loss_fn, engine, batch_stats):
+        chosen, evaluation = evaluate(
+            *(model, x, y, h),
+            loss_fn=loss_fn,
+            power=power,
+            engine=engine,
+            direction=direction,
+            stepped=loss_at == "step",
+            batch_norms_train=batch_stats == "train",
+        )
     logits, (loss, penalty) = evaluation.logits, attach(chosen, evaluation)
     if called is not None:
         logits, loss = called[0].detach(), called[1]

@@ -142,6 +142,7 @@ def watched() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, torch.arange(6) % 5
 
 
+@pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 @pytest.mark.parametrize("engine", ["eager", "reference"])
 def test_norms_do_what_their_flags_say_and_move_once(watched: tuple, engine: str) -> None:
     model, x, y = watched

@@ -62,6 +62,7 @@ def test_everything_comes_back_after_an_exception(case: Case) -> None:
     assert case.model[0].weight is weight
 
 
+@pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dropout_is_off_in_frozen_mode(engine: str) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
@@ -70,6 +71,7 @@ def test_dropout_is_off_in_frozen_mode(engine: str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.filterwarnings("ignore:batch_stats=.* leaves batch norms as their flags say")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
 def test_a_loss_with_a_mode_of_its_own(case: Case, engine: str, batch_stats: str) -> None:

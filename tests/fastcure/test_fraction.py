@@ -168,6 +168,7 @@ def test_it_may_be_set_as_h_and_gamma_may() -> None:
     assert "fraction=0.5" in repr(cure)
 
 
+@pytest.mark.filterwarnings("ignore:batch_stats=.* leaves batch norms as their flags say")
 @pytest.mark.parametrize(("batch", "some"), [(1, 1), (3, 3), (4, 2), (5, 2), (16, 4)])
 def test_in_training_mode_no_part_is_too_small_for_a_batch_norm(batch: int, some: int) -> None:
     torch.manual_seed(13)
@@ -216,6 +217,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
+@pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 def test_what_checkpointing_recomputes_is_in_evaluation_mode() -> None:
     torch.manual_seed(15)
     inner = nn.Sequential(nn.Linear(5, 6), nn.Softplus(), nn.Dropout(), nn.Linear(6, 4)).double()

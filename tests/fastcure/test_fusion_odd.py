@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from fastcure import curvature, prepare
 
+# `Odd` has a dropout, which few of its ways take.
+pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
+
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:

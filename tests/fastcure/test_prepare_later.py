@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from fastcure import curvature, explain, prepare
 from fastcure.layers import FOLDS, Fold, _once
 
+# `Odd` has a dropout, which few of its ways take.
+pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
+
 
 @pytest.mark.parametrize("replaced", ["conv", "bn"])
 def test_a_layer_replaced_since(replaced: str) -> None:

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from fastcure import curvature, explain, prepare
 
+# `Odd` has a dropout, which few of its ways take.
+pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
+
 
 def in_place(m: Odd, x: Tensor) -> Tensor:
     y = m.conv(x)

@@ -17,6 +17,12 @@ from fastcure.engines import ENGINES
 from fastcure.engines.compiled import Compile
 from fastcure.reference import unit_sign
 
+# The networks are in the modes that are drawn.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode"),
+    pytest.mark.filterwarnings("ignore:batch_stats=.* leaves batch norms as their flags say"),
+]
+
 
 class Problem(NamedTuple):
     model: nn.Module

@@ -148,6 +148,7 @@ class Checkpointed(nn.Module):
         return self.last(checkpoint(self.inner, x, use_reentrant=self.reentrant).mean((2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 @pytest.mark.parametrize(("engine", "reentrant"), [("eager", True), ("eager", False), ("reference", False)])
 def test_checkpointing_is_one_clear_error(case: Case, engine: str, reentrant: bool) -> None:
     model = Checkpointed(reentrant).double()
@@ -155,6 +156,7 @@ def test_checkpointing_is_one_clear_error(case: Case, engine: str, reentrant: bo
         CURE(model, engine=engine)(case.x, case.y).total.backward()
 
 
+@pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 def test_checkpointing_is_right_in_first_order(case: Case) -> None:
     model = Checkpointed(reentrant=False).double()
     ours = gradients(Case(model, case.x, case.y), "first_order")
@@ -185,6 +187,7 @@ def test_randomness_in_evaluation_mode_is_an_error(case: Case, layer: nn.Module,
             CURE(model, engine=engine, microbatch=microbatch)(case.x, case.y)
 
 
+@pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 def test_random_numbers_that_change_nothing_are_allowed(case: Case) -> None:
     model = nn.Sequential(Noise(0.0), nn.Dropout(0.5), *case.model)
     assert relative(gradients(Case(model, case.x, case.y)), gradients(case)) < 1e-12
