@@ -18,7 +18,7 @@ import fastcure.training.run as run_module
 from fastcure.cli import main
 from fastcure.training.checkpoint import pack, unpack
 from fastcure.training.run import Run
-from fastcure.training.run_folder import reserved
+from fastcure.training.run_folder import RunFolder, reserved
 
 
 class Killed(BaseException):
@@ -218,6 +218,15 @@ def test_a_foreign_checkpoint_is_refused(
 def test_a_run_without_its_state_is_refused(half: Path, npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (half / "checkpoint.safetensors").unlink()
     refused(half, npz, capsys, "checkpoint.safetensors is missing")
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_again(half: Path) -> None:
+    for path in half.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    folder = RunFolder(half, resume=True)
+    assert folder.begun
+    assert not folder.finished
 
 
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"eps": 3}', '{"eps": [0.1], "flavour": "sweet"}'])
