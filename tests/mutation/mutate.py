@@ -57,8 +57,6 @@ OPTIONS = [
     *("-q", "-x", "-m", "not gpu", "-o", "addopts=", "--import-mode=importlib", "--tb=line", "-rfE"),
     *("-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "--hypothesis-seed=0"),
 ]
-SECONDS_OF_TESTS = 20.0
-"""The tests tried on one fault are as many as pass in this time."""
 
 
 class Fault(NamedTuple):
@@ -249,8 +247,8 @@ def record(tree: Tree, sources: list[str], tests: list[str]) -> dict[str, Any]:
     return {"seconds": seconds, "reached": reached}
 
 
-def chosen(fault: Fault, known: dict[str, Any]) -> list[str]:
-    """Return the tests that reach the fault, or its function, the shortest of each kind first."""
+def chosen(fault: Fault, known: dict[str, Any], most: float) -> list[str]:
+    """Return tests that reach the fault, or its function, the shortest of each kind first: for `most` seconds."""
     lines, seconds = known["reached"][fault.file], known["seconds"]
     for part in (fault.lines, fault.body):
         tests = {test for line in part for test in lines.get(str(line), ())}
@@ -263,7 +261,7 @@ def chosen(fault: Fault, known: dict[str, Any]) -> list[str]:
         rank[kind] += 1
     found, total = [], 0.0
     for _, needed, test in sorted(ranked):
-        if total + needed <= SECONDS_OF_TESTS or not found:
+        if total + needed <= most or not found:
             found.append(test)
             total += needed
     return found
@@ -284,14 +282,18 @@ def wait(running: dict[int, Any]) -> tuple[int, str]:
 
 
 def try_all(
-    trees: list[Tree], faults: list[Fault], known: dict[str, Any], say: Callable[[Fault, str, str], None]
+    trees: list[Tree],
+    faults: list[Fault],
+    known: dict[str, Any],
+    most: float,
+    say: Callable[[Fault, str, str], None],
 ) -> None:
-    """Try each fault, as many at a time as there are trees; `say(fault, verdict, test)`."""
+    """Try each fault on `most` seconds of tests, as many at a time as there are trees; `say(fault, verdict, test)`."""
     free, running, waiting = list(trees), {}, list(faults)
     while waiting or running:
         if waiting and free:
             fault = waiting.pop(0)
-            tests = chosen(fault, known)
+            tests = chosen(fault, known, most)
             if not tests:
                 say(fault, "left", "no test reaches it")
                 continue
@@ -351,17 +353,17 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def run(part: dict[str, list[str]], results: Path, size: int | None, seed: int, jobs: int, again: bool) -> None:
+def run(part: dict[str, list[str]], results: Path, size: int | None, options: argparse.Namespace) -> None:
     """Try the faults of one part and write the verdicts, one a line."""
     sources, tests = (
         sorted({str(path.relative_to(ROOT)) for pattern in part[kind] for path in ROOT.glob(pattern)})
         for kind in ("sources", "tests")
     )
     found: dict[str, dict[str, str]] = {}
-    if again:
+    if options.again:
         found = {verdict["name"]: verdict for verdict in map(json.loads, results.read_text().splitlines())}
     harmless, faults = equivalents(), []
-    for fault in (fault for source in sources for fault in sample(source, size, seed)):
+    for fault in (fault for source in sources for fault in sample(source, size, options.seed)):
         if reason := harmless(fault):
             found[fault.name] = {"name": fault.name, "verdict": "equivalent", "by": reason}
         elif found.get(fault.name, {}).get("verdict", "left") == "left":
@@ -374,11 +376,11 @@ def run(part: dict[str, list[str]], results: Path, size: int | None, seed: int, 
     with tempfile.TemporaryDirectory() as folder:
         trees = [Tree(Path(folder) / "0")]
         known = record(trees[0], sources, tests)
-        for job in range(1, jobs):
+        for job in range(1, options.jobs):
             shutil.copytree(trees[0].folder, Path(folder) / str(job))
             trees.append(Tree(Path(folder) / str(job)))
         start = time.monotonic()
-        try_all(trees, faults, known, say)
+        try_all(trees, faults, known, options.seconds, say)
     results.write_text("".join(json.dumps(verdict) + "\n" for verdict in found.values()))
     print(f"{len(faults)} faults in {time.monotonic() - start:.0f} s")
 
@@ -391,6 +393,7 @@ def main() -> None:
     parser.add_argument("--sample", default="12", help="faults for each file, drawn with --seed, or 'all'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=20, help="of tests for each fault, at most")
     parser.add_argument("--again", action="store_true", help="try the faults that the last run left, and no others")
     parser.add_argument("--table", action="store_true", help="only print what the runs so far found")
     options = parser.parse_args()
@@ -399,7 +402,7 @@ def main() -> None:
         for name in PRELOADED.split():
             __import__(name)
         for part in options.part or parts:
-            run(parts[part], RESULTS / f"{part}.jsonl", size, options.seed, options.jobs, options.again)
+            run(parts[part], RESULTS / f"{part}.jsonl", size, options)
     print(table())
 
 
