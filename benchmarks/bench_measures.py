@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from workloads import DEVICE, Workload
 
 from fastcure import layers, models
-from fastcure.convolution import Geometry, Phase
+from fastcure.convolution import Geometry
 
 WORKLOADS = (
     [Workload("resnet8", 128), Workload("resnet18", 16)]
@@ -26,7 +26,7 @@ WORKLOADS = (
 ROWS: list[dict[str, object]] = []
 
 
-def torchs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:
+def torchs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve with torch's own rules."""
     return F.conv2d(x, weight, bias, *geometry)
 

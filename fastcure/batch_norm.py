@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure.convolution import Phase
+from fastcure.convolution import wanted
 
 
-def normalise(norm: Any, x: Tensor, phase: Phase) -> Tensor:
+def normalise(norm: Any, x: Tensor) -> Tensor:
     """Apply a batch norm of `nn`, by the batch's statistics, to `x` `(B, C, ...)`; running ones move as it says.
 
     Differentiable to any order in x, weight and bias, all of one dtype.
@@ -40,7 +40,7 @@ def normalise(norm: Any, x: Tensor, phase: Phase) -> Tensor:
         if norm.momentum is None:
             factor = 1.0 / float(norm.num_batches_tracked)
     running = (norm.running_mean, norm.running_var) if tracks else (None, None)
-    return _BatchNorm.apply(x, norm.weight, norm.bias, *running, factor, norm.eps, phase)
+    return _BatchNorm.apply(x, norm.weight, norm.bias, *running, factor, norm.eps)
 
 
 def is_ordinary(norm: nn.Module, x: Tensor) -> bool:
@@ -60,22 +60,19 @@ class _BatchNorm(torch.autograd.Function):
         var: Tensor | None,
         factor: float,
         eps: float,
-        phase: Phase,
     ) -> Tensor:
         y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, factor, eps)
         # Activation checkpointing recomputes by torch's batch norm, and would give the tensors that it saves for these,
         # if they had the same shapes. The first has a shape of its own, so that this is an error.
         ctx.save_for_backward(x.new_empty(0, dtype=torch.bool), x, weight, m, r)
-        ctx.eps, ctx.phase = eps, phase
+        ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Any, ...]:
         _, x, weight, m, r = ctx.saved_tensors
-        want = list(ctx.needs_input_grad[:3])
-        if ctx.phase.input_gradient:
-            want[1:] = False, False
-        rest = (None,) * 5
+        want = wanted(ctx, 3)
+        rest = (None,) * 4
         if not torch.is_grad_enabled():
             return *_backward(w, x, weight, m, r, ctx.eps, want), *rest
         # create_graph: the input gradient becomes a node with the rule above.

@@ -8,8 +8,6 @@ not made for. Here it is the weight gradient that it is; the arithmetic is the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +23,24 @@ class Geometry(NamedTuple):
     groups: int
 
 
-class Phase:
-    """What a backward pass is for; shared by the convolutions of one evaluation of the penalty."""
+def wanted(ctx: Any, inputs: int) -> list[bool]:
+    """Return which of the first `inputs` arguments of a Function need a gradient in the backward pass that runs now.
 
-    input_gradient: bool = False
-    """While True, gradients of weights are not computed."""
-
-    @contextmanager
-    def of_inputs(self) -> Iterator[None]:
-        """Take gradients with respect to the input alone, as for g(x): autograd does not tell an operator so."""
-        self.input_gradient = True
-        try:
-            yield
-        finally:
-            self.input_gradient = False
+    `ctx.needs_input_grad` says which of them require grad. A pass for g(x) does not continue into weights, unless they
+    depend on the image, and their gradients are then not computed.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # of the arguments that require grad
+    return [need and _continues_into(next(nodes)) for need in ctx.needs_input_grad[:inputs]]
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:
+def _continues_into(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf for whose gradient torch.autograd.grad was called
+        return True
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Convolve `x` `(B, C, ...)` with `weight` `(K, C / groups, ...)`; differentiable to any order.
 
     As torch's own convolution, in the dtype of autocast where that is on.
@@ -52,7 +51,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
         # As torch's: what is wider than fp32 stays as it is.
         x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
         bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
-    return _Convolution.apply(x, weight, bias, geometry, phase)
+    return _Convolution.apply(x, weight, bias, geometry)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -69,24 +68,22 @@ def _backward(
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, phase: Phase) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.phase = geometry, phase
+        ctx.geometry = geometry
         return _forward(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
-        if ctx.phase.input_gradient:
-            want_weight = want_bias = False
+        want_x, want_weight, want_bias = wanted(ctx, 3)
         if not torch.is_grad_enabled():
-            return *_backward(g, x, weight, ctx.geometry, [want_x, want_weight, want_bias]), None, None
+            return *_backward(g, x, weight, ctx.geometry, [want_x, want_weight, want_bias]), None
         # create_graph: the input gradient becomes a node with the rule below; the rest takes torch's own rules.
         g_x = _InputGradient.apply(g, x.detach(), weight, ctx.geometry) if want_x else None
         if not (want_weight or want_bias):
-            return g_x, None, None, None, None
-        return g_x, *_backward(g, x, weight, ctx.geometry, [False, want_weight, want_bias])[1:], None, None
+            return g_x, None, None, None
+        return g_x, *_backward(g, x, weight, ctx.geometry, [False, want_weight, want_bias])[1:], None
 
 
 class _InputGradient(torch.autograd.Function):

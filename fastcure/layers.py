@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastcure.batch_norm import is_ordinary, normalise
-from fastcure.convolution import Geometry, Phase, convolve
+from fastcure.convolution import Geometry, convolve
 from fastcure.pending import Pending
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -120,14 +120,11 @@ class Watch:
 
 
 @contextmanager
-def cheaper_layers(
-    model: nn.Module, folds: Iterable[Fold] | None = None, phase: Phase | None = None, watch: Watch | None = None
-) -> Iterator[None]:
+def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch: Watch | None = None) -> Iterator[None]:
     """Compute the layers of `model`, batch norms apart in evaluation mode, as this file says.
 
     Args:
         model: the network.
-        phase: tells its convolutions which gradients are wanted, now and later.
         folds: pairs to compute as one; those of `folds_of(model)` if None.
         watch: is told what takes their outputs.
 
@@ -135,15 +132,14 @@ def cheaper_layers(
         UsedElsewhereError: within, if a folded layer's output goes anywhere but to its batch norm.
     """
     folded = {fold.layer: fold for fold in (folds_of(model) if folds is None else folds)}
-    phase = phase or Phase()
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
         if module in folded:
-            forwards[module] = _folded(folded[module], phase, watch)
+            forwards[module] = _folded(folded[module], watch)
         elif type(module) in CONVOLUTIONS and plain(module):
-            forwards[module] = _convolution(module, phase)
+            forwards[module] = _convolution(module)
         elif type(module) in NORMS and (has_statistics(module) or module.training) and plain(module):
-            forwards[module] = _batch_norm(module, phase)
+            forwards[module] = _batch_norm(module)
         elif type(module) in INSTANCE_NORMS and plain(module):
             forwards[module] = _instance(module)
     try:
@@ -203,7 +199,7 @@ def channel_map_of(
     return s, t if bias is None else t + bias
 
 
-def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, phase: Phase) -> Tensor:
+def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     padding = layer.padding
@@ -211,27 +207,27 @@ def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, phase: Ph
         return layer._conv_forward(x, weight, bias)
     if x.dim() != weight.dim():  # no batch dimension
         return layer._conv_forward(x, weight, bias)
-    return convolve(x, weight, bias, Geometry([*layer.stride], [*padding], [*layer.dilation], layer.groups), phase)
+    return convolve(x, weight, bias, Geometry([*layer.stride], [*padding], [*layer.dilation], layer.groups))
 
 
 # The argument of a layer's `forward` is called `input`: a model may give it by that name.
 
 
-def _convolution(layer: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
+def _convolution(layer: Any) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:  # noqa: A002
-        return _apply(layer, input, layer.weight, layer.bias, phase)
+        return _apply(layer, input, layer.weight, layer.bias)
 
     return forward
 
 
-def _batch_norm(norm: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
+def _batch_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     original = type(norm).forward
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if isinstance(input, Output) and input.fold.norm is norm and not norm.training:
             return input.value
         if norm.training or not has_statistics(norm):
-            return normalise(norm, input, phase) if is_ordinary(norm, input) else original(norm, input)
+            return normalise(norm, input) if is_ordinary(norm, input) else original(norm, input)
         s, t = channel_map(norm)
         norm._check_input_dim(input)
         if input.shape[1] != len(s):  # torch says what is wrong, where broadcasting would not
@@ -246,7 +242,7 @@ def _batch_norm(norm: Any, phase: Phase) -> Callable[[Tensor], Tensor]:
 
 def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
     """One image by plain operators: channels last, torch's double backward of it is wrong (torch 2.13, CPU)."""
-    original, by_statistics = type(norm).forward, _batch_norm(norm, Phase())
+    original, by_statistics = type(norm).forward, _batch_norm(norm)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         wide = input.dtype in (torch.float32, torch.float64)
@@ -265,21 +261,21 @@ def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _folded(fold: Fold, phase: Phase, watch: Watch | None) -> Callable[[Tensor], Tensor]:
+def _folded(fold: Fold, watch: Watch | None) -> Callable[[Tensor], Tensor]:
     layer: Any = fold.layer
     folded = _once(fold)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if fold.norm.training or input.dim() != layer.weight.dim():
-            return _apply(layer, input, layer.weight, layer.bias, phase)
+            return _apply(layer, input, layer.weight, layer.bias)
         weight, bias = folded()
         kernel = use_triton(input)
         # Elsewhere the libraries add a bias for nothing, and a ReLU of a sum is two passes in any case.
         if not fold.fused or not (kernel or watch):
-            out = Output.of(fold, _apply(layer, input, weight, bias, phase))
+            out = Output.of(fold, _apply(layer, input, weight, bias))
         else:
             apart = kernel and not isinstance(layer, nn.Linear)
-            x = _apply(layer, input, weight, None if apart else bias, phase)
+            x = _apply(layer, input, weight, None if apart else bias)
             takers = (watch.takers.setdefault(fold.norm, []),) if watch else ()
             total = Pending.of(x, bias.to(x.dtype) if apart else None, None, takers)
             out = Output.of(fold, total)

@@ -6,7 +6,6 @@ import torch
 from fastcure_kernels import difference_sqnorm, direction_step
 from torch import Tensor
 
-from fastcure.convolution import Phase
 from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
 from fastcure.layers import cheaper_layers
@@ -29,16 +28,13 @@ class Eager(GraphEngine):
         stepped: bool = False,
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
-        phase = Phase()
-        with cheaper_layers(objective.model, phase=phase), twice_differentiable():
+        with cheaper_layers(objective.model), twice_differentiable():
             point = x.detach().requires_grad_()
             logits, loss = objective(point, y)
-            with phase.of_inputs():
-                (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
+            (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
             step = second_point(x.detach(), g.detach(), h, direction).requires_grad_()
             _, loss_step = objective(step, y)
-            with phase.of_inputs():
-                (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
+            (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
 
         penalty = difference_sqnorm(g_step, g)
         if power == 1:

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, curvature
 from fastcure.batch_norm import normalise
-from fastcure.convolution import Phase
 from fastcure.layers import cheaper_layers
 
 SHAPES = [(4, 3), (4, 3, 5), (2, 3, 3, 2), (2, 2, 2, 1, 2), (3, 1, 2, 2)]
@@ -33,7 +32,7 @@ def as_function(norm: Any) -> Any:
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         if parameters:
             norm._parameters.update(zip(("weight", "bias"), parameters, strict=True))
-        return normalise(norm, x, Phase())
+        return normalise(norm, x)
 
     return function
 
@@ -86,7 +85,7 @@ def test_second_derivatives_in_every_layout_and_in_fp32(layout: str) -> None:
         (first,) = grad(run(point), point, weights, create_graph=True)
         return first, *grad(first, (weights, point, norm.weight), v.to(dtype))
 
-    ours = second(norm.float(), lambda x: normalise(norm, x, Phase()), torch.float32)
+    ours = second(norm.float(), lambda x: normalise(norm, x), torch.float32)
     for value, truth in zip(ours, second(wide, wide, torch.float64), strict=True):
         assert relative(value, truth) < 2e-6
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcure import curvature
-from fastcure.convolution import Geometry, Phase, convolve
+from fastcure.convolution import Geometry, convolve
 from fastcure.flops import FlopCounter
 
 TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -59,8 +59,8 @@ def tensors(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(size, dtype=dtype, requires_grad=True) for size in sizes]
 
 
-def ours(geometry: Geometry, phase: Phase | None = None) -> Callable[..., Tensor]:
-    return lambda x, w, b=None: convolve(x, w, b, geometry, phase or Phase())
+def ours(geometry: Geometry) -> Callable[..., Tensor]:
+    return lambda x, w, b=None: convolve(x, w, b, geometry)
 
 
 def torchs(geometry: Geometry) -> Callable[..., Tensor]:
@@ -153,7 +153,7 @@ def test_forward_mode_is_refused_and_not_zero() -> None:
             ours(SHAPES["2d"].geometry)(dual, w, b)
 
 
-# What it costs: the phase, the kernels' sizes, the operations
+# What it costs: which gradients are computed, the kernels' sizes, the operations
 
 
 def flops(run: Callable[[], object]) -> int:
@@ -163,40 +163,50 @@ def flops(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_in_the_input_phase_no_gradient_of_a_weight_is_computed(create_graph: bool) -> None:
-    shape, phase = SHAPES["2d-dilated"], Phase()
+def test_only_gradients_that_the_pass_asks_for_are_computed(create_graph: bool) -> None:
+    shape = SHAPES["2d-dilated"]
     inputs = tensors(shape)
     forward = flops(lambda: ours(shape.geometry)(*inputs))
 
-    def gradients(out: Tensor) -> tuple[Tensor | None, ...]:
-        options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
-        return torch.autograd.grad(out.sin().sum(), inputs, **options)
+    def gradients(out: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out.sin().sum(), wanted, retain_graph=True, create_graph=create_graph)
 
-    truths = gradients(torchs(shape.geometry)(*inputs))
-    out = ours(shape.geometry, phase)(*inputs)
-    phase.input_gradient = True
-    values = gradients(out)
-    assert values[1:] == (None, None)
-    assert relative(values[0], truths[0]) < 1e-12
-    assert flops(lambda: gradients(out)) == forward
-    phase.input_gradient = False
-    assert relative(gradients(out), truths) < 1e-12
-    assert flops(lambda: gradients(out)) == 2 * forward
+    truth, out = torchs(shape.geometry)(*inputs), ours(shape.geometry)(*inputs)
+    for wanted, passes in ((inputs[:1], 1), (inputs[1:], 1), (inputs[:2], 2), (inputs, 2)):
+        assert relative(gradients(out, wanted), gradients(truth, wanted)) < 1e-12
+        assert flops(lambda wanted=wanted: gradients(out, wanted)) == passes * forward
 
 
 @every_shape
-def test_after_the_input_phase_every_second_derivative_is_right(name: str) -> None:
-    shape, phase = SHAPES[name], Phase()
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,)])
+def test_a_weight_that_depends_on_the_image(name: str, frozen: tuple[int, ...]) -> None:
+    """Its gradient is part of that of the image; here also where another argument requires no gradient."""
+    shape = SHAPES[name]
+    inputs = [tensor.detach().requires_grad_(i not in frozen) for i, tensor in enumerate(tensors(shape))]
+    u = torch.rand(2, dtype=torch.float64, requires_grad=True)
+
+    def run(convolution: Callable[..., Tensor]) -> list[Tensor]:
+        image, weight, *bias = inputs
+        out = convolution(image * u[1].sin(), weight * u[0].sin(), *bias)
+        (g,) = torch.autograd.grad(out.sin().sum(), u, create_graph=True)
+        wanted = [u, *(tensor for tensor in inputs if tensor.requires_grad)]
+        return [g, *torch.autograd.grad(g.square().sum() + out.cos().sum(), wanted)]
+
+    for value, truth in zip(run(ours(shape.geometry)), run(torchs(shape.geometry)), strict=True):
+        assert relative(value, truth) < 1e-10
+
+
+@every_shape
+def test_after_a_pass_for_the_image_every_second_derivative_is_right(name: str) -> None:
+    shape = SHAPES[name]
     inputs = tensors(shape)
 
     def run(convolution: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        phase.input_gradient = True
         out = convolution(*inputs)
         (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
-        phase.input_gradient = False
         return torch.autograd.grad(g.square().sum() + out.cos().sum(), inputs)
 
-    for value, truth in zip(run(ours(shape.geometry, phase)), run(torchs(shape.geometry)), strict=True):
+    for value, truth in zip(run(ours(shape.geometry)), run(torchs(shape.geometry)), strict=True):
         assert relative(value, truth) < 1e-12
 
 
@@ -237,17 +247,15 @@ def test_the_double_backward_has_no_kernel_of_the_images_size() -> None:
 # torch counts the weight gradient of a grouped convolution as that of a dense one.
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.geometry.groups == 1])
 def test_the_double_backward_has_no_more_operations_than_torchs(name: str) -> None:
-    shape, phase = SHAPES[name], Phase()
+    shape = SHAPES[name]
     inputs = tensors(shape)
 
     def spent(convolution: Callable[..., Tensor]) -> int:
-        phase.input_gradient = True
         out = convolution(*inputs)
         (g,) = torch.autograd.grad(out.sin().sum(), inputs[0], create_graph=True)
-        phase.input_gradient = False
         return flops(lambda: torch.autograd.grad(g.square().sum(), inputs[:2]))
 
-    double = spent(ours(shape.geometry, phase))
+    double = spent(ours(shape.geometry))
     assert double <= spent(torchs(shape.geometry))
     assert double == 4 * flops(lambda: ours(shape.geometry)(*inputs))
 
