@@ -58,11 +58,16 @@ def refuse_transforms() -> None:
     """Raise where autograd's ordinary gradients, of which the penalty is made, cannot be had or would be lost."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("the penalty is made of gradients, which torch.inference_mode forbids: use torch.no_grad")
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if forward_ad._current_level >= 0 or inside_transform():
         raise RuntimeError(
             "the penalty has no forward-mode derivative and no rule for torch.func (grad, jvp, vmap): call it outside "
             "of these, and take its gradients by backward()"
         )
+
+
+def inside_transform() -> bool:
+    """Tell whether a transform of torch.func (grad, jvp, vmap) runs now."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def not_inside_torch_compile() -> None:

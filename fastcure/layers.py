@@ -9,7 +9,8 @@ the bias of the fold and a shortcut is left pending until the ReLU behind it tak
 
 By the batch's own statistics a batch norm takes the rule of `fastcure.batch_norm`.
 
-A module is left alone if it is of a subclass, has hooks or parametrisations, or a `forward` of its own.
+A module is left alone if it is of a subclass, has hooks or parametrisations, or a `forward` of its own; and while it
+runs inside a transform of torch.func (a model may use vmap), which these rules do not know.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastcure.batch_norm import is_ordinary, normalise
+from fastcure.checks import inside_transform
 from fastcure.convolution import Geometry, convolve
 from fastcure.pending import Pending
 
@@ -205,7 +207,7 @@ def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     padding = layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str):
         return layer._conv_forward(x, weight, bias)
-    if x.dim() != weight.dim():  # no batch dimension
+    if x.dim() != weight.dim() or weight.is_complex() or inside_transform():  # or no batch dimension
         return layer._conv_forward(x, weight, bias)
     return convolve(x, weight, bias, Geometry([*layer.stride], [*padding], [*layer.dilation], layer.groups))
 
@@ -226,6 +228,8 @@ def _batch_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if isinstance(input, Output) and input.fold.norm is norm and not norm.training:
             return input.value
+        if inside_transform():
+            return original(norm, input)
         if norm.training or not has_statistics(norm):
             return normalise(norm, input) if is_ordinary(norm, input) else original(norm, input)
         s, t = channel_map(norm)
@@ -246,7 +250,7 @@ def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         wide = input.dtype in (torch.float32, torch.float64)
-        if input.dim() != norm._get_no_batch_dim() + 1 or len(input) != 1 or not wide:
+        if input.dim() != norm._get_no_batch_dim() + 1 or len(input) != 1 or not wide or inside_transform():
             return original(norm, input)
         if has_statistics(norm):
             return original(norm, input) if norm.training else by_statistics(input)
@@ -266,7 +270,7 @@ def _folded(fold: Fold, watch: Watch | None) -> Callable[[Tensor], Tensor]:
     folded = _once(fold)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
-        if fold.norm.training or input.dim() != layer.weight.dim():
+        if fold.norm.training or input.dim() != layer.weight.dim() or inside_transform():
             return _apply(layer, input, layer.weight, layer.bias)
         weight, bias = folded()
         kernel = use_triton(input)

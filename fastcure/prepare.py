@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from fastcure.checks import check_images
+from fastcure.checks import check_images, inside_transform
 from fastcure.engines.graph import twice_differentiable
 from fastcure.layers import (
     FOLDS,
@@ -84,9 +84,12 @@ def _find(model: nn.Module, x: Tensor) -> tuple[list[Fold], dict[nn.Module, str]
     """Return the folds, and of every other batch norm why it is none."""
     names = {module: name for name, module in model.named_modules()}
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    transformed: set[nn.Module] = set()
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         calls.setdefault(module, []).append((args[0] if args else kwargs["input"], output))
+        if inside_transform():
+            transformed.add(module)
 
     watched = [module for module in names if (type(module) in LAYERS or isinstance(module, NORMS)) and plain(module)]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in watched]
@@ -106,6 +109,8 @@ def _find(model: nn.Module, x: Tensor) -> tuple[list[Fold], dict[nn.Module, str]
             left[norm] = "it is of a subclass, or has hooks"
         elif not has_statistics(norm):
             left[norm] = "it keeps no running statistics"
+        elif norm in transformed:
+            left[norm] = "it runs inside a transform of torch.func"
         elif len(runs) != 1:
             left[norm] = f"it runs {len(runs)} times a forward"
         elif layer is None:
