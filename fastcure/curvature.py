@@ -23,6 +23,7 @@ from fastcure.engines import Engine, Evaluation, LossOnly, engine_called
 from fastcure.first_batch import first_batch, warn_of_small_step
 from fastcure.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure.objective import LossFn, ModelWithLoss, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure.one_thread import one_thread
 
 BatchStats = Literal["frozen", "split", "train"]
 LossAt = Literal["x", "step"]
@@ -86,9 +87,11 @@ def curvature(
         TypeError: if `model` or `x` is of the wrong kind.
         ValueError: if an argument is out of range, `x` requires grad, a trainable tensor that is no parameter of the
             model or of `loss_fn` takes part, or the model is random in evaluation mode (`F.dropout` left on).
-        RuntimeError: within forward-mode AD, `torch.func` transforms or inference mode; in backward, at a second
-            derivative, a second backward without `retain_graph=True` or within DistributedDataParallel, and where a
-            DistributedDataParallel holds the model but the penalty is not called through it.
+        RuntimeError: within forward-mode AD, `torch.func` transforms or inference mode; while another thread uses the
+            model here; if the loss does not depend on `x`; if an exact engine meets scripted code or an operator that
+            has no second derivative, here or in backward; in backward, at a second derivative, a second backward
+            without `retain_graph=True` or within DistributedDataParallel, and where a DistributedDataParallel holds the
+            model but the penalty is not called through it.
     """
     check_arguments(x, y, h, power, batch_stats, loss_at, direction)
     model = unwrap(model)
@@ -131,19 +134,21 @@ def evaluate(
     Without `penalised` the penalty is 0, and costs nothing.
     """
     refuse_wrappers_within(model, loss_fn)
-    chosen = engine_called(engine) if penalised else _loss_only
-    norms = training_norms(model, loss_fn) if batch_norms_train else []
-    if norms:
-        check_training_norms(norms, engine)
-    objective = Objective(model, loss_fn, moving=[module for _, module in norms] if moves else ())
-    differentiable = objective.trainable and torch.is_grad_enabled()
-    warn_of_small_step(model, x, h)
-    with torch.enable_grad(), evaluation_mode(model, loss_fn, but=NORMS if norms else ()), first_batch(objective, x, y):
-        evaluation = chosen.forward(
-            *(objective, x, y, h), power=power, direction=direction, differentiable=differentiable, stepped=stepped
-        )
-    objective.move_buffers()
-    return chosen, evaluation
+    with one_thread(model, loss_fn):
+        chosen = engine_called(engine) if penalised else _loss_only
+        norms = training_norms(model, loss_fn) if batch_norms_train else []
+        if norms:
+            check_training_norms(norms, engine)
+        objective = Objective(model, loss_fn, moving=[module for _, module in norms] if moves else ())
+        differentiable = objective.trainable and torch.is_grad_enabled()
+        warn_of_small_step(model, x, h)
+        flags = evaluation_mode(model, loss_fn, but=NORMS if norms else ())
+        with torch.enable_grad(), flags, first_batch(objective, x, y):
+            evaluation = chosen.forward(
+                *(objective, x, y, h), power=power, direction=direction, differentiable=differentiable, stepped=stepped
+            )
+        objective.move_buffers()
+        return chosen, evaluation
 
 
 def attach(engine: Engine, evaluation: Evaluation) -> tuple[Tensor, Tensor]:

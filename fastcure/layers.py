@@ -30,6 +30,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastcure.batch_norm import is_ordinary, normalise
 from fastcure.checks import inside_transform
 from fastcure.convolution import Geometry, convolve
+from fastcure.one_thread import one_thread
 from fastcure.pending import Pending
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -132,6 +133,7 @@ def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch:
 
     Raises:
         UsedElsewhereError: within, if a folded layer's output goes anywhere but to its batch norm.
+        RuntimeError: if another thread uses the model in such a way now.
     """
     folded = {fold.layer: fold for fold in (folds_of(model) if folds is None else folds)}
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -144,13 +146,14 @@ def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch:
             forwards[module] = _batch_norm(module)
         elif type(module) in INSTANCE_NORMS and plain(module):
             forwards[module] = _instance(module)
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
+    with one_thread(model):
+        try:
+            for module, forward in forwards.items():
+                module.forward = forward
+            yield
+        finally:
+            for module in forwards:
+                vars(module).pop("forward", None)
 
 
 def folds_of(model: nn.Module) -> list[Fold]:

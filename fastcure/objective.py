@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from fastcure.checks import check_classes
+from fastcure.one_thread import one_thread
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +74,9 @@ class Objective:
         loss_fn: `(logits, y) -> (B,)`.
         trainable: False to differentiate with respect to the inputs only.
         moving: remember what the first pass makes of the buffers of these modules, for `move_buffers`.
+
+    Raises:
+        ValueError: if a lazy module has not been initialised.
     """
 
     def __init__(
@@ -85,15 +90,17 @@ class Objective:
         self.model = model
         self.module = ModelWithLoss(model, loss_fn)
         named = dict(self.module.named_parameters())
+        buffers = dict(self.module.named_buffers())
+        check_initialised({**named, **buffers})
         self.state = {
             **{name: _alias(p, trainable).requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
-            **{name: b.detach().clone() for name, b in self.module.named_buffers()},
+            **{name: b.detach().clone() for name, b in buffers.items()},
         }
         for alias in self.state.values():
             if alias.requires_grad:
                 alias.register_post_accumulate_grad_hook(_lost)
         of = {id(buffer) for module in moving for buffer in module.buffers(recurse=False)}
-        self._moving = {name: buffer for name, buffer in self.module.named_buffers() if id(buffer) in of}
+        self._moving = {name: buffer for name, buffer in buffers.items() if id(buffer) in of}
         self._moved: dict[str, Tensor] = {}
         self.trainable = trainable and any(p.requires_grad for p in named.values())
         # A parameter that the model reaches around its own attributes (a closure) stays itself.
@@ -146,6 +153,36 @@ def _lost(_: Tensor) -> None:
     )
 
 
+def input_gradient(loss: Tensor, point: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Return the gradient of the sum of `loss` `(B,)` at `point` `(B, ...)`.
+
+    Raises:
+        RuntimeError: if the loss does not depend on `point`.
+    """
+    if not loss.requires_grad:
+        raise unreachable()
+    (g,) = torch.autograd.grad(loss.sum(), point, create_graph=create_graph, allow_unused=True)
+    if g is None:
+        raise unreachable()
+    return g
+
+
+def unreachable() -> RuntimeError:
+    """Return the error for a loss that does not depend on the images."""
+    return RuntimeError(
+        "the loss has no gradient with respect to the images, so that the penalty would be 0: the model runs itself "
+        "under torch.no_grad, detaches its input or output, or computes one by operators that have no derivative; "
+        "remove that from its forward"
+    )
+
+
+def check_initialised(named: Mapping[str, Tensor]) -> None:
+    """Raise if one of these parameters and buffers is that of a lazy module that has not run yet."""
+    for name, tensor in named.items():
+        if is_lazy(tensor):
+            raise ValueError(f"{name} of a lazy module has no shape yet: run the model on a batch before, model(x)")
+
+
 def find_logits(output: Any) -> Tensor:
     """Take the logits out of what a model returned: a tensor, an object or mapping with `logits`, or a tuple.
 
@@ -194,16 +231,20 @@ def evaluation_mode(*modules: object, but: tuple[type[nn.Module], ...] = ()) -> 
 
     The flags are set directly: a model's own `train()` may have side effects (merged adapters, for instance).
     What is not an `nn.Module` is passed over.
+
+    Raises:
+        RuntimeError: if another thread changes one of the modules now.
     """
-    flags = [(m, m.training) for root in modules if isinstance(root, nn.Module) for m in root.modules()]
-    try:
-        for module, _ in flags:
-            if not isinstance(module, but):
-                module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    with one_thread(*modules, changes=lambda module: module.training and not isinstance(module, but)):
+        flags = [(m, m.training) for root in modules if isinstance(root, nn.Module) for m in root.modules()]
+        try:
+            for module, _ in flags:
+                if not isinstance(module, but):
+                    module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from fastcure.layers import (
     has_statistics,
     plain,
 )
-from fastcure.objective import evaluation_mode, unwrap
+from fastcure.objective import check_initialised, evaluation_mode, unwrap
 from fastcure.pending import RELU, OverwrittenError, Pending
 
 
@@ -189,6 +189,8 @@ def _not_for_relus(watch: Watch) -> dict[nn.Module, str]:
 
 def _run(model: nn.Module, x: Tensor) -> None:
     # Two images: some layers refuse a single value a channel.
-    copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers())
+    check_initialised({**dict(model.named_parameters()), **buffers})
+    copies = {name: buffer.clone() for name, buffer in buffers.items()}
     with evaluation_mode(model), torch.enable_grad(), twice_differentiable():
         functional_call(model, copies, (x[:2].detach().requires_grad_(),))

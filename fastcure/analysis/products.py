@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure.checks import check_batch, check_labels, check_positive
 from fastcure.first_pass import look_before_measure, takes_logits
 from fastcure.layers import cheaper_layers
-from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
+from fastcure.one_thread import one_thread
+from fastcure.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
 
 Method = Literal["exact", "finite"]
 Progress = Callable[[Iterable[slice]], Iterable[slice]]
@@ -68,9 +69,10 @@ class Products:
         products = []
         for part in v.split(self._copies, 1):
             rows = F.pad(part, (0, 0, 0, self._copies - part.shape[1])).reshape(self._point.shape).to(self._x.dtype)
-            (product,) = torch.autograd.grad(
-                self._g, self._point, rows, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            with missing_derivatives():
+                (product,) = torch.autograd.grad(
+                    self._g, self._point, rows, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
             products.append(product.reshape(len(v), self._copies, -1)[:, : part.shape[1]].double())
         return self._finite_only(torch.cat(products, 1))
 
@@ -92,8 +94,8 @@ class Products:
         """Return the points, their losses and their input gradients, of which only the last may have a graph."""
         with torch.enable_grad(), _second_derivatives(self._objective.model) if graph else nullcontext():
             point = x.detach().requires_grad_()
-            loss = self._objective(point, y)[1]
-            (g,) = torch.autograd.grad(loss.sum(), point, create_graph=graph)
+            loss = (Twice(self._objective) if graph else self._objective)(point, y)[1]
+            g = input_gradient(loss, point, create_graph=graph)
         return point, loss.detach(), g
 
     def _finite_only(self, products: Tensor) -> Tensor:
@@ -109,8 +111,8 @@ class Products:
 
 @contextmanager
 def _second_derivatives(model: nn.Module) -> Iterator[None]:
-    # The fast kernels of attention have none; torch's rule for a convolution pays for its weight, wanted or not.
-    with sdpa_kernel(SDPBackend.MATH), cheaper_layers(model):
+    # torch's rule for a convolution pays for its weight, wanted or not.
+    with PLAIN_ATTENTION, cheaper_layers(model), missing_derivatives():
         yield
 
 
@@ -164,7 +166,7 @@ def by_samples(
     look_before_measure(objective, x, logits=takes_logits(loss_fn))
     lengths = None if h is None else torch.as_tensor(h, dtype=torch.float64, device=x.device).expand(len(x))
     parts: Iterable[slice] = [slice(i, min(i + samples, len(x))) for i in range(0, len(x), samples)]
-    with evaluation_mode(model, loss_fn):
+    with one_thread(model, loss_fn), evaluation_mode(model, loss_fn):
         results = [
             measure(
                 Products(

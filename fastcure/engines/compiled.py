@@ -14,14 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure.engines.eager import Eager, root
 from fastcure.engines.folding import Folding
-from fastcure.engines.graph import GraphEngine, evaluation
+from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
 from fastcure.objective import LossFn, Objective, find_logits
 from fastcure.reference import unit_sign
+from fastcure.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
 from fastcure.weak import weakly
 
 logger = logging.getLogger("fastcure")
@@ -34,6 +34,8 @@ class Compile(GraphEngine):
     Args:
         backend: of `torch.compile`.
     """
+
+    instead = "use engine='eager', which may have one, or 'first_order'"
 
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
@@ -92,7 +94,14 @@ class Compile(GraphEngine):
             return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
 
         compiled = compilations()
-        if not fresh:
+        if fresh:
+            try:
+                with twice_differentiable():
+                    Twice(objective)(x.clone().requires_grad_(), y)  # what it refuses need not be compiled first
+            except BaseException:
+                del programs[key]
+                raise
+        else:
             result = run()
             if compilations() == compiled:
                 return result
@@ -213,7 +222,8 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> C
             torch._functorch.config.patch(donated_buffer=False),  # it cannot serve a backward with retain_graph
             torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),  # hooks may come and go
             torch._inductor.config.patch(joint_custom_pre_pass=Rewrite()),
-            sdpa_kernel(SDPBackend.MATH),
+            PLAIN_ATTENTION,
+            missing_derivatives(Compile.instead),
         ):
             try:
                 return program(*arguments)

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
 from fastcure.layers import cheaper_layers
-from fastcure.objective import Objective
+from fastcure.objective import Objective, input_gradient
+from fastcure.second_derivatives import Twice
 
 
 class Eager(GraphEngine):
@@ -28,13 +29,14 @@ class Eager(GraphEngine):
         stepped: bool = False,
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
+        run = Twice(objective) if differentiable else objective
         with cheaper_layers(objective.model), twice_differentiable():
             point = x.detach().requires_grad_()
-            logits, loss = objective(point, y)
-            (g,) = torch.autograd.grad(loss.sum(), point, create_graph=differentiable)
+            logits, loss = run(point, y)
+            g = input_gradient(loss, point, create_graph=differentiable)
             step = second_point(x.detach(), g.detach(), h, direction).requires_grad_()
-            _, loss_step = objective(step, y)
-            (g_step,) = torch.autograd.grad(loss_step.sum(), step, create_graph=differentiable)
+            _, loss_step = run(step, y)
+            g_step = input_gradient(loss_step, step, create_graph=differentiable)
 
         penalty = difference_sqnorm(g_step, g)
         if power == 1:

@@ -10,7 +10,6 @@ happens in the kinks, its cosine with the exact one is 0.3 to 0.6, and training 
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from fastcure.engines.eager import root, second_point
 from fastcure.engines.protocol import Evaluation
-from fastcure.objective import Objective, evaluation_mode, graph_nodes
-
-KINKS = ("ReluBackward", "LeakyReluBackward", "PreluKernelBackward", "HardtanhBackward", "MaxPool", "AdaptiveMaxPool")
+from fastcure.kinks import warn_of_kinks
+from fastcure.objective import Objective, evaluation_mode, input_gradient
+from fastcure.one_thread import one_thread
 
 
 class Pass(NamedTuple):
@@ -60,12 +59,12 @@ class FirstOrder:
         point = x.detach().requires_grad_()
         logits, loss = objective(point, y)
         found = objective.leaves(loss, inputs=(point,)) if differentiable else []
-        if differentiable:
-            warn_of_kinks(loss)
-        (g,) = torch.autograd.grad(loss.sum(), point)
+        g = input_gradient(loss, point)
         step = second_point(x.detach(), g, h, direction).requires_grad_()
         loss_step = objective(step, y)[1]
-        (g_step,) = torch.autograd.grad(loss_step.sum(), step)
+        g_step = input_gradient(loss_step, step)
+        if differentiable:
+            warn_of_kinks(objective, loss, x, step, y)
 
         d = g_step - g
         penalty = d.float().square() if d.dtype != torch.float64 else d.square()
@@ -116,7 +115,8 @@ class FirstOrder:
             )
         dtype, enabled = state.autocast
         autocast = torch.autocast(state.x.device.type, dtype, enabled=enabled)
-        with evaluation_mode(state.objective.module), torch.enable_grad(), autocast:
+        module = state.objective.module
+        with one_thread(module), evaluation_mode(module), torch.enable_grad(), autocast:
             for point, weight in points:
                 loss = state.objective(point, state.y)[1]
                 gradients = torch.autograd.grad(loss, state.leaves, weight.to(loss), allow_unused=True)
@@ -133,15 +133,3 @@ def step_size(dtype: torch.dtype) -> float:
     `e ~ eps^(1/3)`: 6e-6 in float64, 5e-3 in float32. (In float16 and bfloat16, 0.1 and 0.2, little is left.)
     """
     return float(torch.finfo(dtype).eps) ** (1 / 3)
-
-
-def warn_of_kinks(loss: Tensor) -> None:
-    """Warn, naming them, if piecewise linear operators are under `loss`."""
-    kinks = sorted({node.name() for node in graph_nodes(loss) if node.name().startswith(KINKS)})
-    if kinks:
-        names = ", ".join(name.split("Backward")[0] for name in kinks)
-        warnings.warn(
-            f"the first-order engine misses what happens in kinks, and this model has some ({names}): its gradients "
-            "have a cosine of 0.3 to 0.6 with the exact ones; use engine='eager', or smooth activations such as GELU",
-            stacklevel=5,
-        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure.layers import NORMS, channel_map_of, folds_of, has_statistics, plain
+from fastcure.plain_operators import hardsigmoid
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
 Forwards = dict[ref[nn.Module], Callable[[Tensor], Tensor]]
@@ -52,6 +54,9 @@ class Folding:
         # By weak references: this is kept for as long as the model lives, and any module may refer to its root.
         self.forwards: Forwards = {ref(norm): _shifted(ref(norm), layer.bias is not None) for layer, norm in folds}
         self.forwards |= {ref(norm): _affine(ref(norm)) for norm in left}
+        # Of this one the compiler has no second derivative; of hardswish it has.
+        hard = [module for module in names if type(module) is nn.Hardsigmoid and "forward" not in vars(module)]
+        self.forwards |= {ref(module): partial(hardsigmoid, inplace=module.inplace) for module in hard}
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from fastcure.engines.protocol import Evaluation
+from fastcure.one_thread import Shared
+from fastcure.second_derivatives import INSTEAD, PLAIN_ATTENTION, missing_derivatives
 
 CHECKPOINTING = (
     "activation checkpointing recomputes the model outside of the penalty's evaluation mode: turn it off, and save "
@@ -20,17 +21,24 @@ CHECKPOINTING = (
 )
 
 
+def _uncompiled() -> AbstractContextManager[object]:
+    compiled = "torch._dynamo" in sys.modules  # without it nothing is, and its import takes a second
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+UNCOMPILED = Shared(_uncompiled)
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Run passes in ways that have a double backward: attention in plain operators, compiled modules uncompiled.
 
     Raises:
-        RuntimeError: if the model checkpoints its activations in the reentrant way.
+        RuntimeError: if the model checkpoints its activations in the reentrant way, or has an operator without a
+            derivative that is asked for.
     """
-    compiled = "torch._dynamo" in sys.modules  # without it nothing is, and its import takes a second
-    uncompiled = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
-        with uncompiled, sdpa_kernel(SDPBackend.MATH):
+        with UNCOMPILED, PLAIN_ATTENTION, missing_derivatives():
             yield
     except RuntimeError as error:
         if "use_reentrant" in str(error):
@@ -49,6 +57,9 @@ class Graph(NamedTuple):
 class GraphEngine:
     """The backward of engines whose state is a `Graph`."""
 
+    instead = f"replace it, or {INSTEAD}"
+    """Of an operator that has no second derivative here."""
+
     def backward(
         self, state: Graph, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
     ) -> tuple[Tensor | None, ...]:
@@ -60,7 +71,8 @@ class GraphEngine:
             return (None,) * len(state.leaves)
         values, weights = zip(*pairs, strict=True)
         try:
-            return torch.autograd.grad(values, state.leaves, weights, retain_graph=retain, allow_unused=True)
+            with missing_derivatives(self.instead):
+                return torch.autograd.grad(values, state.leaves, weights, retain_graph=retain, allow_unused=True)
         except CheckpointError as error:
             raise RuntimeError(CHECKPOINTING) from error
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastcure.engines.eager import second_point
 from fastcure.engines.graph import Graph, GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
-from fastcure.objective import Objective, evaluation_mode
+from fastcure.objective import Objective, evaluation_mode, input_gradient
+from fastcure.one_thread import one_thread
 
 
 class State(NamedTuple):
@@ -40,7 +41,7 @@ class LossOnly:
         with twice_differentiable(), torch.set_grad_enabled(differentiable or stepped):
             logits, loss = objective(point, y)
             if stepped:
-                (g,) = torch.autograd.grad(loss.sum(), point)
+                g = input_gradient(loss, point)
                 step = second_point(x.detach(), g, h, direction)
                 with torch.set_grad_enabled(differentiable):
                     _, loss = objective(step, y)
@@ -52,7 +53,7 @@ class LossOnly:
         self, state: State, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
     ) -> tuple[Tensor | None, ...]:
         """Differentiate the weighted loss; what activation checkpointing recomputes here, in evaluation mode."""
-        with evaluation_mode(state.objective.module):
+        with one_thread(state.objective.module), evaluation_mode(state.objective.module):
             return _graph.backward(state.graph, w_loss, w_penalty, retain=retain)
 
 

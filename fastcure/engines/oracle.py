@@ -8,6 +8,7 @@ from fastcure import reference
 from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
 from fastcure.objective import Objective
+from fastcure.second_derivatives import Twice
 
 
 class Reference(GraphEngine):
@@ -26,8 +27,15 @@ class Reference(GraphEngine):
         stepped: bool = False,
     ) -> Evaluation:
         """Evaluate `fastcure.reference.curvature`."""
+        run, points = Twice(objective) if differentiable else objective, [x.detach()]
+
+        def recorded(point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            """A model that differentiates itself needs an input that requires grad."""
+            points.append(point if point.requires_grad else point.detach().requires_grad_(differentiable))
+            return run(points[-1], y)
+
         with twice_differentiable():
             options = {"power": power, "direction": direction, "stepped": stepped}
-            logits, loss, penalty = reference.curvature(objective, x, y, h, **options)  # type: ignore[arg-type]
-        found = objective.leaves(loss, inputs=()) if differentiable else []
+            logits, loss, penalty = reference.curvature(recorded, x, y, h, **options)  # type: ignore[arg-type]
+        found = objective.leaves(loss, inputs=tuple(points)) if differentiable else []
         return evaluation(logits, loss, penalty, found)

@@ -1,0 +1,121 @@
+"""Operators whose second or third derivative torch lacks or gets wrong, computed by operators that have them all.
+
+torch has no second derivative of hardsigmoid and hardswish. Its derivatives of layer norm and batch norm take the
+statistics for constants from the third order on, which a model needs that differentiates itself; instance norm is made
+of batch norm. Values and first derivatives are those of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+    """Compute `min(max(x + 3, 0), 6) / 6`; the derivative at -3 and 3 is 0, as torch's."""
+    x = input.clone() if inplace else input
+    y = torch.where(x.abs() < 3, x, x.detach().clamp(-3, 3)) / 6 + 0.5
+    return input.copy_(y) if inplace else y
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+    """Compute `x min(max(x + 3, 0), 6) / 6`; the derivative at -3 is 0 and at 3 is 1, as torch's."""
+    x = input.clone() if inplace else input
+    y = torch.where(x <= -3, 0.0, torch.where(x < 3, x * (x / 6 + 0.5), x))
+    return input.copy_(y) if inplace else y
+
+
+def layer_norm(
+    input: Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """Compute `torch.nn.functional.layer_norm`."""
+    y = _normalised(_wide(input), range(-len(normalized_shape), 0), eps)
+    y = y if weight is None else y * weight
+    return _as_torch(input, y if bias is None else y + bias)
+
+
+def batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute `torch.nn.functional.batch_norm`; running statistics change as there."""
+    x, shape = _wide(input), (-1, *[1] * (input.dim() - 2))
+    if training:
+        with torch.no_grad():
+            F.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+        y = _normalised(x, [dim for dim in range(input.dim()) if dim != 1], eps)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        y = (x - running_mean.reshape(shape)) * torch.rsqrt(running_var + eps).reshape(shape)
+    y = y if weight is None else y * weight.reshape(shape)
+    return _as_torch(input, y if bias is None else y + bias.reshape(shape))
+
+
+def instance_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute `torch.nn.functional.instance_norm`; running statistics change as there."""
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    with torch.no_grad():
+        F.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    y, shape = _normalised(_wide(input), range(2, input.dim()), eps), (-1, *[1] * (input.dim() - 2))
+    y = y if weight is None else y * weight.reshape(shape)
+    return _as_torch(input, y if bias is None else y + bias.reshape(shape))
+
+
+RULES: dict[Any, Callable[..., Tensor]] = {
+    F.hardsigmoid: hardsigmoid,
+    torch._C._nn.hardsigmoid: hardsigmoid,
+    F.hardswish: hardswish,
+    torch._C._nn.hardswish: hardswish,
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+}
+
+
+class PlainOperators(TorchFunctionMode):
+    """Within its `with` block the operators of `RULES` are computed as here, whoever calls them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return RULES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    centred = x - x.mean([*dims], keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean([*dims], keepdim=True) + eps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _as_torch(x: Tensor, y: Tensor) -> Tensor:
+    """Return `y` in the dtype of torch's norm of `x`: autocast keeps norms in float32."""
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
