@@ -115,8 +115,8 @@ def looks_like_probabilities(logits: Tensor) -> bool:
 
 
 def takes_logits(loss_fn: LossFn) -> bool:
-    """Whether `loss_fn` is one of ours, which want logits."""
-    return getattr(loss_fn, "__module__", "").startswith("fastcure.")
+    """Whether `loss_fn` is one of ours or torch's cross-entropy, which want logits."""
+    return isinstance(loss_fn, nn.CrossEntropyLoss) or getattr(loss_fn, "__module__", "").startswith("fastcure.")
 
 
 def warn(message: str) -> None:

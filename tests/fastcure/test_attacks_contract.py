@@ -218,7 +218,10 @@ def test_deepfool_on_probabilities_warns_and_finds_the_boundary_or_nothing(dtype
     assert (model(found.x_adv).argmax(1) != y)[reached].all()
 
 
-@each({**ATTACKS, "checklist": USERS["checklist"], "surface": USERS["surface"]})
+@each(
+    {**ATTACKS, "checklist": USERS["checklist"], "surface": USERS["surface"]},
+    {"torch's loss": partial(pgd, steps=2, loss_fn=nn.CrossEntropyLoss(reduction="none"))},
+)
 def test_probabilities_are_warned_of_once_a_model(run: Run) -> None:
     model, x, y = case(torch.float32, nn.Softmax(1))
     with pytest.warns(UserWarning, match="leave out the last softmax") as seen:
