@@ -231,8 +231,15 @@ def test_probabilities_are_warned_of_once_a_model(run: Run) -> None:
     run(model, x, y)
 
 
+class Centred(nn.Module):
+    """Rows that sum to 1, with numbers below 0."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits - logits.mean(1, keepdim=True) + 1 / logits.shape[1]
+
+
 @each(ATTACKS, USERS)
-@pytest.mark.parametrize("last", [nn.Identity(), nn.LogSoftmax(1), nn.Sigmoid()])
+@pytest.mark.parametrize("last", [nn.Identity(), nn.LogSoftmax(1), nn.Sigmoid(), Centred()])
 def test_logits_are_not_warned_of(run: Run, last: nn.Module) -> None:
     model, x, y = case(torch.float32, last)
     run(model, x, y)
@@ -339,6 +346,18 @@ def test_a_distance_to_where_the_output_overflows_is_none() -> None:
 
     with pytest.raises(FloatingPointError, match="1 of 1 samples is NaN"):
         deepfool(Edge(), torch.tensor([[0.5]]))
+
+
+def test_a_step_beyond_the_boundary_into_overflow_is_taken_back() -> None:
+    """One pixel, class 1 from 0.6 on, and the logit of class 0 overflows at 0.7."""
+
+    class Edge(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            score = x[:, 0] - 0.6
+            return torch.stack([torch.where(x[:, 0] > 0.7, torch.nan, 0 * score), score], 1)
+
+    found = deepfool(Edge(), torch.tensor([[0.5]]), overshoot=5.0)
+    assert float(found.distance) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_attacks_and_accuracy_take_only_images() -> None:
