@@ -213,6 +213,24 @@ def test_damaged_pickles(tmp_path: Path, content: bytes) -> None:
     assert dict(vars(cifar10._Kept)) == kept
 
 
+@pytest.mark.parametrize("store", [lambda index: b"r" + struct.pack("<I", index), lambda index: b"p%d\n" % index])
+def test_the_memo_is_no_larger_than_the_file(tmp_path: Path, store: Callable[[int], bytes]) -> None:
+    """The unpickler's memo is an array up to the largest index: 8 bytes an entry, for which a file needs 5."""
+    whole = members(python2_pickle)["data_batch_2"]
+    length = len(whole) + len(store(len(whole) + 8))
+    write_folder(tmp_path / PYTHON, members(python2_pickle))
+    path = tmp_path / PYTHON / "data_batch_2"
+    for index, fits in ((length, True), (length + 1, False), (10_000_000, False), (2**32 - 1, False)):
+        content = whole[:3] + store(index) + whole[3:]
+        path.write_bytes(content + b"." * (length - len(content)) if index > length + 1 else content)
+        assert index > length + 1 or len(content) == length
+        if fits:
+            assert load("cifar10", tmp_path).x_train.shape == (5 * ROWS, 3, 32, 32)
+        else:
+            with pytest.raises(ValueError, match=f"data_batch_2: the pickle asks for memo entry {index:,}: refused"):
+                load("cifar10", tmp_path)
+
+
 def test_damaged_records(tmp_path: Path) -> None:
     contents = members(binary_records, ".bin")
     contents["data_batch_2.bin"] = contents["data_batch_2.bin"][:-1]

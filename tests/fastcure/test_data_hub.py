@@ -1,7 +1,11 @@
 """The datasets library, on local folders and without a network."""
 
 import os
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcure.data import load
+from fastcure.data import hub, load
 
 NAMES = ["train/cat/0.png", "train/dog/1.png", "test/cat/2.png"]
 
@@ -147,3 +151,97 @@ def test_nothing_is_looked_up_on_the_network(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"(?i)offline|couldn't|not found|doesn't exist"):
         load("hf:nobody/nothing-of-this-name")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def png(width: int, height: int, content: bytes) -> bytes:
+    """A grey PNG that announces a size and holds other pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize("side", [9000, 12_000, 30_000])  # Pillow refuses from 13,400 on, and warns from 9,460 on
+def test_decompression_bombs_are_not_decoded(library: Any, tmp_path: Path, side: int, embedded: bool) -> None:
+    bomb = png(side, side, bytes(side + 1) * 1000)
+    if embedded:
+        features = {"image": library.Image(), "label": library.ClassLabel(names=["a"])}
+        columns = {"image": [{"bytes": bomb, "path": None}], "label": [0]}
+        name = write_parquet(library, tmp_path / "set", features, train=columns, test=columns)
+    else:
+        name = write_folder(tmp_path / "pets", {name: picture(0) for name in NAMES})
+        (tmp_path / "pets" / NAMES[0]).write_bytes(bomb)
+    message = f"{name}: .*(announces {side}x{side} pixels in a file of|DecompressionBomb)"
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        load(name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 26
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not a picture",
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        png(7, 5, b"")[:40],
+        png(7, 5, bytes(3)),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 7 5\n%%EndComments\nshowpage\n",  # a program for ghostscript
+    ],
+)
+def test_damaged_pictures_are_one_line(library: Any, tmp_path: Path, content: bytes) -> None:
+    features = {"image": library.Image(), "label": library.ClassLabel(names=["a"])}
+    columns = {"image": [{"bytes": content, "path": None}], "label": [0]}
+    name = write_parquet(library, tmp_path / "set", features, train=columns, test=columns)
+    with pytest.raises(ValueError, match=f"{name}: damaged, or not what its name says"):
+        load(name)
+
+
+def test_an_address_in_a_set_is_not_followed() -> None:
+    message = r"image 3 is at the address https://nowhere\.invalid/a\.png, which is not followed"
+    with pytest.raises(ValueError, match=message):
+        hub._check_size({"bytes": None, "path": "https://nowhere.invalid/a.png"}, "image 3", 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("README.md", "---\nconfigs: [\n---\n"),
+        ("README.md", "---\nconfigs:\n- config_name: [1]\n  data_files: 7\n---\n"),
+        ("README.md", "---\ndataset_info:\n  features:\n  - name: image\n    dtype: nonsense\n---\n"),
+        ("dataset_infos.json", "{" * 50),
+        ("train.parquet", "PAR1 not at all PAR1"),
+        ("test.parquet", ""),
+    ],
+)
+def test_broken_metadata_is_one_error(library: Any, tmp_path: Path, file: str, content: str) -> None:
+    features = {"image": library.Image(), "label": library.ClassLabel(names=["a"])}
+    columns = {"image": [picture(0)], "label": [0]}
+    name = write_parquet(library, tmp_path / "set", features, train=columns, test=columns)
+    (tmp_path / "set" / file).write_text(content)
+    with suppress(ValueError, FileNotFoundError):  # what the library ignores may be broken
+        assert load(name).x_train.shape == (1, 3, 5, 7)
+
+
+def test_a_set_whose_images_are_not_to_be_decoded(library: Any, tmp_path: Path) -> None:
+    features = {"image": library.Image(decode=False), "label": library.ClassLabel(names=["a"])}
+    columns = {"image": [{"bytes": png(2, 1, bytes([0, 7, 9])), "path": None}], "label": [0]}
+    name = write_parquet(library, tmp_path / "set", features, train=columns, test=columns)
+    assert load(name).x_train.flatten().tolist() == [7, 9]
+
+
+def test_a_turned_photograph_is_upright(library: Any, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    for name in NAMES:
+        path = tmp_path / "pets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(path, exif=exif)
+    data = load(f"hf:{tmp_path / 'pets'}")
+    upright = np.rot90(np.asarray(picture(0)), -1)
+    assert (data.x_train[0].permute(1, 2, 0).numpy() == upright).all()
