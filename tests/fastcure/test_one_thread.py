@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastcure import CURE, attacks, curvature, prepare
 from fastcure.analysis import curvature_along_gradient
 
+pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode:UserWarning")
 MESSAGE = r"another thread uses this model \(its .*\) in fastcure now.*copy.deepcopy"
 IMAGES = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
 

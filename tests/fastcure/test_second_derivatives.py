@@ -22,6 +22,7 @@ from fastcure.engines import ENGINES
 from fastcure.engines.compiled import Compile
 from fastcure.plain_operators import PlainOperators
 
+pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode:UserWarning")
 H = 0.5
 EXACT = ["eager", "reference"]
 of_torch = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
