@@ -153,15 +153,16 @@ def _lost(_: Tensor) -> None:
     )
 
 
-def input_gradient(loss: Tensor, point: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Return the gradient of the sum of `loss` `(B,)` at `point` `(B, ...)`.
+def input_gradient(loss: Tensor, point: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
+    """Return the gradient of the sum of `loss` `(B,)`, times `weights` `(B,)` if given, at `point` `(B, ...)`.
 
     Raises:
         RuntimeError: if the loss does not depend on `point`.
     """
     if not loss.requires_grad:
         raise unreachable()
-    (g,) = torch.autograd.grad(loss.sum(), point, create_graph=create_graph, allow_unused=True)
+    total = loss.sum() if weights is None else loss
+    (g,) = torch.autograd.grad(total, point, weights, create_graph=create_graph, allow_unused=True)
     if g is None:
         raise unreachable()
     return g
@@ -170,9 +171,9 @@ def input_gradient(loss: Tensor, point: Tensor, *, create_graph: bool = False) -
 def unreachable() -> RuntimeError:
     """Return the error for a loss that does not depend on the images."""
     return RuntimeError(
-        "the loss has no gradient with respect to the images, so that the penalty would be 0: the model runs itself "
-        "under torch.no_grad, detaches its input or output, or computes one by operators that have no derivative; "
-        "remove that from its forward"
+        "the loss has no gradient with respect to the images, so that the penalty would be 0 and an attack would stand "
+        "still: the model runs itself under torch.no_grad, detaches its input or output, or computes one by operators "
+        "that have no derivative; remove that from its forward"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fastcure.attacks.arguments import (
 from fastcure.checks import Bounds, check_batch, check_classes, check_images, check_labels, check_pixels, check_positive
 from fastcure.first_pass import look_before_measure
 from fastcure.inference import outside_inference_mode
-from fastcure.objective import Objective, evaluation_mode, unwrap
+from fastcure.objective import Objective, evaluation_mode, unreachable, unwrap
 
 HALVINGS = 12
 """Least number, of the segment from x to the point found: the boundary is known to one part in 4096 of the segment.
@@ -150,8 +150,12 @@ def _gradients(objective: Objective, x: Tensor, labels: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         chosen = objective(point, labels)[0].gather(1, labels)
-        sums = chosen.sum(0).unbind()
-        gradients = [torch.autograd.grad(each, point, retain_graph=True)[0] for each in sums]
+        if not chosen.requires_grad:
+            raise unreachable()
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        gradients = [torch.autograd.grad(each, point, **options)[0] for each in chosen.sum(0).unbind()]
+        if any(g is None for g in gradients):
+            raise unreachable()
     return chosen.detach(), torch.stack(gradients, 1)
 
 
@@ -198,6 +202,5 @@ def _normal(objective: Objective, x: Tensor, own: Tensor) -> tuple[Tensor, Tenso
     rival = _without(logits, own).argmax(1)
     _, gradients = _gradients(objective, x, torch.stack([own, rival], 1))
     w = gradients[:, 1] - gradients[:, 0]
-    return torch.nn.functional.normalize(w.flatten(1), eps=torch.finfo(x.dtype).tiny).view_as(x), has_nan(
-        w
-    ) | has_no_class(logits)
+    normal = torch.nn.functional.normalize(w.flatten(1), eps=torch.finfo(x.dtype).tiny).view_as(x)
+    return normal, has_nan(w) | has_no_class(logits)

@@ -17,7 +17,7 @@ from fastcure.checks import Bounds, check_batch, check_labels, check_pixels, che
 from fastcure.first_pass import look_before_attack, takes_logits
 from fastcure.inference import outside_inference_mode
 from fastcure.layers import cheaper_layers
-from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
 from fastcure.recorder import CudaRecorder
 
 Norm = Literal["linf", "l2"]
@@ -152,7 +152,7 @@ def _input_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
         loss = objective(point, y)[1]
         # What the output lost must not get lost again on the way back: NaN, and a right class of infinite logit.
         weights = torch.where(loss > -torch.inf, 1.0, torch.nan).to(loss.dtype)
-        return torch.autograd.grad(loss, point, weights)[0]
+        return input_gradient(loss, point, weights)
 
 
 class _Try(NamedTuple):

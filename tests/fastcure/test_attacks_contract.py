@@ -290,6 +290,29 @@ def test_examining_a_model_draws_no_number_of_its_own() -> None:
     assert torch.equal(*states)
 
 
+# Gradients that do not exist.
+
+
+@pytest.mark.parametrize("run", [ATTACKS[name] for name in ("fgsm", "pgd", "pgd-l2", "restarts", "deepfool")])
+@pytest.mark.parametrize("cut", ["no_grad", "detach", "constant"])
+def test_a_model_without_a_gradient_is_one_clear_error(run: Run, cut: str) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            if cut == "detach":
+                return self.model(x.detach())
+            with torch.no_grad():
+                logits = self.model(x)
+            return logits if cut == "no_grad" else logits + torch.zeros((), requires_grad=True)
+
+    model, x, y = case()
+    with pytest.raises(RuntimeError, match=r"the loss has no gradient with respect to the images, .* stand still"):
+        run(Cut(), x, y)
+
+
 # What is not a number.
 
 
