@@ -11,7 +11,8 @@ from types import ModuleType
 
 from fastcure.cure import CURE, CUREOutput
 from fastcure.curvature import Curvature, curvature
-from fastcure.prepare import explain, prepare
+from fastcure.explain import explain
+from fastcure.prepare import prepare
 from fastcure.rules import double_backward
 from fastcure.units import eps_to_h, h_to_eps
 

@@ -1,4 +1,4 @@
-"""Finding the batch norms of a model that can be folded into the layer before them, and saying what is done with it."""
+"""Finding the batch norms of a model that can be folded into the layer before them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fastcure.checks import check_images, inside_transform
+from fastcure.cure import CURE
 from fastcure.engines.graph import twice_differentiable
 from fastcure.layers import (
     FOLDS,
@@ -21,7 +22,6 @@ from fastcure.layers import (
     Watch,
     WeakFold,
     cheaper_layers,
-    folds_of,
     has_statistics,
     plain,
 )
@@ -39,48 +39,19 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     any more. Call it again after changing the model's structure, and on a copy of the model.
 
     Args:
-        model: the network.
+        model: the network, or a `CURE` of it.
         x: `(B, ...)` images such as those of training; at most two are used.
 
     Returns:
         `model` itself.
     """
     check_images(x.detach() if isinstance(x, Tensor) else x)
-    inner = unwrap(model)
-    FOLDS[inner] = [WeakFold.of(fold) for fold in _fuse(inner, x, _find(inner, x)[0]).folds]
+    inner = unwrap(model.model if isinstance(model, CURE) else model)
+    FOLDS[inner] = [WeakFold.of(fold) for fold in fuse(inner, x, find(inner, x)[0]).folds]
     return model
 
 
-def explain(model: nn.Module, x: Tensor | None = None) -> str:
-    """Say which engine "auto" picks for `model` and why, and what becomes of each batch norm.
-
-    Args:
-        model: the network.
-        x: `(B, ...)` images; with them, how many ReLUs can be fused with the convolution's bias and the shortcut
-            before them, and why a batch norm is not folded or its output not left to a ReLU, are told as well.
-    """
-    inner = unwrap(model)
-    lines = ["engine: eager (exact, and it needs nothing but operators with a double backward)"]
-    if next((p.device.type for p in inner.parameters()), "cpu") == "cpu":
-        lines[0] += "; compiled after some minutes of work on one shape, if it can be"
-    names = {module: name for name, module in inner.named_modules()}
-    norms = [module for module in names if isinstance(module, NORMS)]
-    folds = folds_of(inner)
-    if inner not in FOLDS:
-        lines.append(f"batch norms folded: 0 of {len(norms)}; fastcure.prepare(model, x) has not been called")
-    else:
-        lines.append(f"batch norms folded into the layer before: {len(folds)} of {len(norms)}")
-    lines += [f"  {names[fold.norm]} into {names[fold.layer]}{', before ReLU' * fold.fused}" for fold in folds]
-    if x is not None:
-        found, left = _find(inner, x)
-        lines += [f"  {names[norm]} not: {why}" for norm, why in left.items()]
-        _, others, relus = _fuse(inner, x, found)
-        lines.append(f"ReLUs that can take the sum before them in one pass, on a GPU: {relus.fused} of {relus.all}")
-        lines += [f"  not that of {names[norm]}: {why}" for norm, why in others.items()]
-    return "\n".join(lines)
-
-
-def _find(model: nn.Module, x: Tensor) -> tuple[list[Fold], dict[nn.Module, str]]:
+def find(model: nn.Module, x: Tensor) -> tuple[list[Fold], dict[nn.Module, str]]:
     """Return the folds, and of every other batch norm why it is none."""
     names = {module: name for name, module in model.named_modules()}
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
@@ -164,7 +135,7 @@ class ReLUs(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _fuse(model: nn.Module, x: Tensor, folds: list[Fold]) -> Fusion:
+def fuse(model: nn.Module, x: Tensor, folds: list[Fold]) -> Fusion:
     """Leave the outputs of batch norms to ReLUs, and take back those that something else takes, until none does."""
     others: dict[nn.Module, str] = {}
     while True:

@@ -21,7 +21,7 @@ def said(model: nn.Module, steps: int = 2, **options: Any) -> list[str]:
         warnings.simplefilter("always")
         for _ in range(steps):
             cure(X, Y).total.backward()
-    assert all(warning.filename == __file__ for warning in seen)
+    assert all(warning.filename == __file__ for warning in seen if "kinks" not in str(warning.message))
     return [str(warning.message) for warning in seen]
 
 

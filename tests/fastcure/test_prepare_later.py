@@ -142,6 +142,11 @@ def test_an_exception_leaves_nothing_behind(prepared: bool) -> None:
     assert torch.equal(curvature(*case).penalty, wanted)
 
 
+def of_norms(text: str) -> list[str]:
+    """What is said of anything but engines."""
+    return [line for line in text.splitlines() if not line.strip().startswith("engine")]
+
+
 def test_explain_before_and_after() -> None:
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)]
     case = case_of(nn.Sequential(*layers), (3, 5, 5))
@@ -151,12 +156,12 @@ def test_explain_before_and_after() -> None:
     reason = "  2 not: its input is not the output of a plain convolution or linear layer that runs once"
     relus = ["ReLUs that can take the sum before them in one pass, on a GPU: 0 of 0"]
     relus += ["  not that of 1: addcmul takes its output"]
-    assert explain(case.model, case.x).splitlines()[1:] == [*lines[1:], reason, *relus]
+    assert of_norms(explain(case.model, case.x)) == [*lines[1:], reason, *relus]
     assert case.model not in FOLDS
     prepare(case.model, case.x)
     found = ["batch norms folded into the layer before: 1 of 2", "  1 into 0"]
     assert explain(case.model).splitlines()[1:] == found
-    assert explain(case.model, case.x).splitlines()[1:] == [*found, reason, *relus]
+    assert of_norms(explain(case.model, case.x)) == [*found, reason, *relus]
     assert "folded into the layer before: 0 of 0" in explain(prepare(nn.Linear(3, 2), torch.rand(1, 3)))
 
 
