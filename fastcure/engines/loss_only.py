@@ -37,7 +37,8 @@ class LossOnly:
         stepped: bool = False,
     ) -> Evaluation:
         """One pass, or two with an input gradient between them. `power` is without effect."""
-        point = x.detach().requires_grad_(stepped)
+        # A model that differentiates itself needs an input that requires grad; it costs nothing where nobody asks.
+        point = x.detach().requires_grad_(differentiable or stepped)
         with twice_differentiable(), torch.set_grad_enabled(differentiable or stepped):
             logits, loss = objective(point, y)
             if stepped:

@@ -467,6 +467,15 @@ def test_models_that_differentiate_themselves(name: str) -> None:
         assert relative(curvature_along_gradient(model, x, y).value, along_gradient(plain, x, y)) < 1e-9
 
 
+def test_so_do_they_where_some_samples_have_no_penalty() -> None:
+    model, (x, y) = Energy(nn.GroupNorm(2, 4)).double(), images()
+    F.cross_entropy(model(x), y).backward()
+    truth = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    CURE(model, H, gamma=0.0, fraction=0.5)(x, y).total.backward()
+    assert relative([p.grad for p in model.parameters()], truth) < 1e-12
+
+
 @pytest.mark.parametrize("engine", EXACT)
 def test_so_do_they_with_batch_statistics_of_training_mode(engine: str) -> None:
     model, plain = Energy(nn.BatchNorm2d(4)).double(), Energy(BatchNorm(4)).double()
