@@ -94,6 +94,13 @@ def _check(progress: Progress) -> None:
         rows = getattr(progress, name)
         if any(row.keys() != rows[0].keys() for row in rows):
             raise ValueError(f"{name} must have the same columns in each row")
+        if not all(isinstance(value, str | int | float | None) for row in rows for value in row.values()):
+            raise ValueError(f"{name} must hold numbers and words, in each row")
+    if progress.before is not None or progress.phase == "cure":
+        robust = (progress.before or {}).get("pgd")
+        numbers = [(progress.before or {}).get("clean"), *(robust.values() if isinstance(robust, dict) else [None])]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"before must hold accuracies, clean and pgd, got {shortened(progress.before)}")
 
 
 def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:

@@ -89,6 +89,12 @@ class Run:
         progress, parts = unpack(path)
         if progress.data != self.progress.data:
             raise ValueError(f"{path} was reached on other images or labels than those of {self.settings.dataset}")
+        epochs = self.settings.epochs if progress.phase == "cure" else self.settings.pretrain_epochs
+        if progress.epoch > epochs or progress.step > len(self.loader):
+            raise ValueError(
+                f"{path} does not fit this run: it is at step {progress.step} of epoch {progress.epoch} of "
+                f"{progress.phase}, which has {epochs} epochs of {len(self.loader)} steps"
+            )
         try:
             self.model.load_state_dict(parts["model"])
             load_optimizer(self.optimizer, parts.get("optimizer", {}))

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import finetune, write_npz
 from torch import nn
 
 from fastcure.data import load
 from fastcure.data.files import expansion_limit
 from fastcure.training.checkpoint import Progress, pack, unpack
+from fastcure.training.run import Run
 from fastcure.training.run_folder import load_weights
 
 
@@ -172,6 +174,12 @@ def test_a_dictionary_that_holds_itself(tmp_path: Path) -> None:
         ({"history": [{"a": 1}, {"b": 1}]}, "history must have the same columns in each row"),
         ({"track": [{"a": 1}, {}]}, "track must have the same columns in each row"),
         ({"seconds": {"cure": "long"}}, "seconds must be a table"),
+        ({"history": [{"a": [1]}]}, "history must hold numbers and words, in each row"),
+        ({"phase": "cure"}, "before must hold accuracies, clean and pgd, got None"),
+        (
+            {"before": {"clean": "x", "pgd": 3}},
+            "before must hold accuracies, clean and pgd, got {'clean': 'x', 'pgd': 3}",
+        ),
         ({"microbatch": 0}, "microbatch must be >= 1, got 0"),
     ],
 )
@@ -181,3 +189,44 @@ def test_a_run_state_of_wrong_types(tmp_path: Path, changes: dict[str, Any], mes
     with pytest.raises(ValueError, match="cannot be read as the state of a run") as error:
         unpack(path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("random", "loader", torch.zeros(5056)),
+        ("random", "torch", torch.zeros(10, dtype=torch.uint8)),
+        ("tally", "numbers", torch.zeros(3)),
+        ("optimizer", "x.y", torch.zeros(1)),
+        ("optimizer", "99.exp_avg", torch.zeros(1)),
+        ("model", "more", torch.zeros(1)),
+        ("progress", "epoch", 100),
+        ("progress", "step", 4),
+    ],
+)
+def test_a_run_state_that_does_not_fit_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    name: str,
+    value: Any,
+) -> None:
+    def stop(_: Run) -> None:
+        raise KeyboardInterrupt
+
+    npz, out = write_npz(tmp_path / "a.npz"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_pause", stop)
+        assert finetune(npz, out) == 130
+    capsys.readouterr()
+    progress, parts = unpack(out / "checkpoint.safetensors")
+    if part == "progress":
+        setattr(progress, name, value)
+    else:
+        parts.setdefault(part, {})[name] = value
+    (out / "checkpoint.safetensors").write_bytes(pack(progress, parts))
+    assert finetune(npz, out, "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastcure: error: {out / 'checkpoint.safetensors'} does not fit this run: ")
+    assert error.count("\n") == 1
