@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastcure.accuracy import accuracy
 from fastcure.attacks import fgsm, pgd
-from fastcure.data import load
+from fastcure.data import load, stratified
 from fastcure.evaluation.settings import make_evaluation_settings
 from fastcure.outside import load_model
 
@@ -91,8 +91,8 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = make_evaluation_settings({"run": str(arguments.run)})
     data = load(settings.dataset, settings.data_dir)
-    x = data.x_test[: arguments.images].to(arguments.device)
-    y = data.y_test[: arguments.images].to(arguments.device)
+    chosen = stratified(data.y_test, arguments.images, arguments.seed)
+    x, y = data.x_test[chosen].to(arguments.device), data.y_test[chosen].to(arguments.device)
     options = {"classes": data.classes, "channels": x.shape[1]}
     model = load_model(settings.model, settings.checkpoint, **options).to(arguments.device).eval()
 

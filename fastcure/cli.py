@@ -189,12 +189,13 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("--data-dir", help="Folder of the dataset's files, if they have moved.")
     parser.add_argument("--device", help="'auto' takes a GPU where there is one. (auto)")
     parser.add_argument("--seed", type=int, help="Of the attacks' starts and the probes. (0)")
-    parser.add_argument("--limit", type=int, help="Use the first N test images only. (2000)")
+    parser.add_argument("--limit", type=int, help="Use N test images only, stratified by class. (2000)")
 
 
 def _add_flags(parser: argparse.ArgumentParser, settings: type[Any], more: Mapping[str, str] = {}) -> None:
     """Add a flag for each field of a dataclass; what is not set is left out, so that defaults are the dataclass's."""
     kinds: dict[str, Any] = {"eps": _numbers, "mean": _numbers, "std": _numbers, "limit": int, "microbatch": int}
+    kinds |= {"validation": int}
     for field in fields(settings):
         name, default = field.name, field.default
         flag, words = "--" + name.replace("_", "-"), field.metadata["help"] + more.get(name, "")

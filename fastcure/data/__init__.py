@@ -7,8 +7,19 @@ from pathlib import Path
 from fastcure.data import cifar10, digits, hub, idx, npz, svhn
 from fastcure.data.dataset import Dataset
 from fastcure.data.loader import Augment, Loader, default_augmentation
+from fastcure.data.sample import hold_out, limited, sampled, stratified
 
-__all__ = ["Augment", "Dataset", "Loader", "default_augmentation", "load"]
+__all__ = [
+    "Augment",
+    "Dataset",
+    "Loader",
+    "default_augmentation",
+    "hold_out",
+    "limited",
+    "load",
+    "sampled",
+    "stratified",
+]
 
 _OFFICIAL: dict[str, Callable[[Path], Dataset]] = {
     "digits": digits.read,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
-from fastcure.data import load
+from fastcure.data import limited, load, sampled
 from fastcure.environment import environment, pick_device
 from fastcure.evaluation.network import check_network
 from fastcure.evaluation.settings import AnalysisSettings, write_results
 from fastcure.inference import outside_inference_mode
 from fastcure.outside import load_model
 from fastcure.placement import placed
-from fastcure.training.finetune import limited, silent
+from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, join, own_device
 
 Results = dict[str, Any]
@@ -33,7 +33,7 @@ def analyze(settings: AnalysisSettings, say: Callable[[str], object] = print) ->
     Returns:
         `networks`: for each of them means over the images, with their standard errors, of `frobenius` ||H||_F, of
         `along_z` ||H z|| and of `finite_along_z` with a step of length h, and the mean `smallest` and `largest`
-        eigenvalues; and `settings`, `images`, `environment`.
+        eigenvalues; and `settings`, `images` (how many) of `test_set` (how many), `environment`.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: if a setting, the data or the model is not as it must be.
@@ -47,13 +47,14 @@ def analyze(settings: AnalysisSettings, say: Callable[[str], object] = print) ->
 def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
     assert settings.model is not None
     assert settings.dataset is not None
-    data = limited(load(settings.dataset, settings.data_dir), settings.limit)
+    whole = load(settings.dataset, settings.data_dir)
+    data = limited(whole, settings.limit, settings.seed)
     x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
     make = partial(load_model, settings.model, classes=data.classes, channels=x.shape[1], log=say)
     weights: dict[str, str | None] = {"after CURE" if settings.run else settings.model: settings.checkpoint}
     if settings.twin is not None:
         weights = {"before CURE" if settings.run else "twin": settings.twin, **weights}
-    say(f"{data.name}: {len(x):,} test images, on {ranks}")
+    say(f"{data.name}: {sampled(data, whole)}, on {ranks}")
     titles = {
         "frobenius": "||H||_F",
         "along_z": "||H z||",
@@ -82,7 +83,12 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
             else:
                 shown = "  ".join(f"{value:.3g}" for value in values)
             say(f"  {titles[title]:<28} {shown}")
-    about = {"settings": asdict(settings), "images": len(x), "environment": environment(ranks.device)}
+    about = {
+        "settings": asdict(settings),
+        "images": len(x),
+        "test_set": len(whole.x_test),
+        "environment": environment(ranks.device),
+    }
     results: Results = {**about, "networks": networks}
     if settings.out is not None and ranks.first:
         write_results(settings.out, results)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastcure.accuracy import right
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
 from fastcure.checklist import Check, masking_checklist, verdict
-from fastcure.data import Dataset, load
+from fastcure.data import Dataset, limited, load, sampled
 from fastcure.environment import environment, pick_device
 from fastcure.evaluation.network import check_network
 from fastcure.evaluation.settings import EvaluationSettings, write_results
@@ -22,7 +22,7 @@ from fastcure.extras import need
 from fastcure.inference import outside_inference_mode
 from fastcure.outside import load_model
 from fastcure.placement import placed
-from fastcure.training.finetune import limited, silent
+from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, Work, join, own_device
 
 Results = dict[str, Any]
@@ -42,7 +42,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
     Returns:
         `clean`; `fgsm`, `pgd` and if asked for `spsa` and `autoattack`: `{eps: accuracy}`; `deepfool`, `{"mean",
         "median", "found"}` over the images classified rightly (L2 lengths, the mean of those found); if asked for
-        `checklist`, its items; and `settings`, `images`, `environment`.
+        `checklist`, its items; and `settings`, `images` (how many) of `test_set` (how many), `environment`.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: before anything is written, if a setting, the data or the model is
@@ -59,7 +59,8 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     assert settings.dataset is not None
     if settings.autoattack:
         need("pyautoattack", purpose="by --autoattack")
-    data = limited(load(settings.dataset, settings.data_dir), settings.limit)
+    whole = load(settings.dataset, settings.data_dir)
+    data = limited(whole, settings.limit, settings.seed)
     shape = data.x_test.shape[1:]
     make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1], log=say)
     model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, shape, ranks.device)
@@ -68,7 +69,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
         twin = placed(make(settings.twin, settings.mean, settings.std), settings.model, shape, ranks.device)
     check_network(model, settings.model, data, ranks.device)
     say(
-        f"{data.name}: {len(data.x_test):,} test images of {' x '.join(map(str, data.x_test.shape[1:]))}, "
+        f"{data.name}: {sampled(data, whole)} of {' x '.join(map(str, data.x_test.shape[1:]))}, "
         f"{settings.model} from {settings.checkpoint or 'its function'} on {ranks}, seed {settings.seed}"
     )
     measure = _Measure(model, data, ranks, settings)
@@ -96,7 +97,12 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
         results["checklist"] = [item._asdict() for item in items]
         say(verdict(items))
 
-    about = {"settings": asdict(settings), "images": len(data.x_test), "environment": environment(ranks.device)}
+    about = {
+        "settings": asdict(settings),
+        "images": len(data.x_test),
+        "test_set": len(whole.x_test),
+        "environment": environment(ranks.device),
+    }
     results = {**about, **results}
     if settings.out is not None and ranks.first:
         write_results(settings.out, results)

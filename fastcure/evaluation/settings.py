@@ -28,7 +28,7 @@ class Measurement:
     std: tuple[float, ...] | None = setting(None, "Likewise.")
     dataset: str | None = setting(None, "As in `fastcure.data.load`.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
-    limit: int | None = setting(None, "Use the first N test images only.")
+    limit: int | None = setting(None, "Use N test images only, stratified by class.")
     batch_size: int = setting(256, "Images at a time; under torchrun, processes share whole batches.")
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
     seed: int = setting(0, "Of all that is random.")
@@ -84,7 +84,7 @@ class EvaluationSettings(Measurement):
 class AnalysisSettings(Measurement):
     """What is analysed, and how."""
 
-    limit: int | None = setting(100, "Use the first N test images only.")
+    limit: int | None = setting(100, "Use N test images only, stratified by class.")
     batch_size: int = setting(25, "Images at a time; under torchrun, processes share whole batches.")
     h: float = setting(1.25, "L2 length of the finite step, in pixels in [0, 1].")
     probes: int = setting(100, "Gaussian probes of the Frobenius norm.")

@@ -21,6 +21,7 @@ from fastcure.analysis import (
 )
 from fastcure.attacks import deepfool, pgd
 from fastcure.checklist import Item, masking_checklist
+from fastcure.data import stratified
 from fastcure.objective import evaluation_mode, find_logits
 
 Row = dict[str, Any]
@@ -45,9 +46,10 @@ class Images(NamedTuple):
     x: Tensor
     y: Tensor
 
-    def first(self, count: int) -> Images:
-        """Return the first `count`."""
-        return Images(self.x[:count], self.y[:count])
+    def sample(self, count: int) -> Images:
+        """Return a sample of `count`, stratified by class: always the same."""
+        chosen = stratified(self.y, count, seed=0).to(self.y.device)
+        return Images(self.x[chosen], self.y[chosen])
 
 
 def accuracies(subjects: list[Subject], images: Images, radii: list[float], seed: int, bar: Bar) -> list[Row]:
@@ -65,7 +67,7 @@ def profiles(subjects: list[Subject], images: Images, h: float, bar: Bar) -> lis
 
     Exact ones, and those of finite differences of length `h`, which see the kinks.
     """
-    images = images.first(PROFILE_IMAGES)
+    images = images.sample(PROFILE_IMAGES)
     k = None if images.x[0].numel() <= FULL_SPECTRUM else 10
     rows = []
     for name, model in subjects:
@@ -79,7 +81,7 @@ def profiles(subjects: list[Subject], images: Images, h: float, bar: Bar) -> lis
 
 def norms(subjects: list[Subject], images: Images, seed: int, bar: Bar) -> list[Row]:
     """||H||_F by Gaussian probes and ||H z||, averaged over images, with standard errors over the images."""
-    images = images.first(NORM_IMAGES)
+    images = images.sample(NORM_IMAGES)
     rows = []
     for name, model in subjects:
         generator = torch.Generator().manual_seed(seed)
@@ -99,7 +101,7 @@ def bounds(subjects: list[Subject], images: Images, bar: Bar) -> list[Row]:
     for name, model in subjects:
         with torch.no_grad(), evaluation_mode(model):
             right = find_logits(model(images.x)).argmax(1) == images.y
-        x, y = images.x[right][:BOUND_IMAGES], images.y[right][:BOUND_IMAGES]
+        x, y = Images(images.x[right], images.y[right]).sample(BOUND_IMAGES)
         if not len(x):
             continue
         theorem = robustness_bounds(model, x, y, kind="margin", progress=partial(bar, f"bounds of {name}"))
@@ -155,7 +157,7 @@ def checklists(
     subjects: list[Subject], twin: nn.Module, images: Images, eps: float, seed: int, bar: Bar
 ) -> list[tuple[str, list[Item]]]:
     """The gradient-masking checklist of each network but the first, which is their normally trained twin."""
-    images = images.first(CHECKED_IMAGES)
+    images = images.sample(CHECKED_IMAGES)
     found = []
     for name, model in subjects:
         if float(accuracy(model, *images)) == 0:

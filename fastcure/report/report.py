@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from fastcure.checklist import verdict
-from fastcure.data import load
+from fastcure.data import limited, load, sampled
 from fastcure.environment import environment, pick_device
 from fastcure.fields import check_whole_numbers
 from fastcure.models import build
@@ -26,7 +26,6 @@ from fastcure.placement import placed
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
-from fastcure.training.finetune import limited
 from fastcure.training.run_folder import load_weights
 from fastcure.training.settings import Settings, read_settings, step_lengths
 from fastcure.writing import csv_bytes, json_bytes, json_text, write_whole
@@ -71,7 +70,7 @@ def report(
         data_dir: folder of the dataset's files, if they have moved.
         device: as in `fastcure finetune`.
         seed: of the attacks' starts, the probes and the random direction.
-        limit: use the first so many test images.
+        limit: use so many test images, stratified by class.
         say: takes each line for the user.
 
     Returns:
@@ -95,7 +94,8 @@ def report(
                 raise ValueError(f"runs must agree in {key}, got {ours} in {runs[0]} and {theirs} in {run}")
     tracks = [_track(Path(run)) for run in runs]
     where = pick_device(device)
-    data = limited(load(first.dataset, data_dir or first.data_dir), limit)
+    whole = load(first.dataset, data_dir or first.data_dir)
+    data = limited(whole, limit, seed)
     images = Images((data.x_test.float() / 255).to(where), data.y_test.to(where))
 
     def network(path: Path) -> torch.nn.Module:
@@ -106,7 +106,7 @@ def report(
     names = ["after CURE"] if len(runs) == 1 else _short_names(runs)
     subjects = [Subject("before CURE", network(Path(runs[0]) / "original.safetensors"))]
     subjects += [Subject(n, network(Path(run) / "model.safetensors")) for n, run in zip(names, runs, strict=True)]
-    say(f"{data.name}: {len(images.x):,} test images, {len(subjects)} networks, on {where}")
+    say(f"{data.name}: {sampled(data, whole)}, {len(subjects)} networks, on {where}")
 
     files: Files = {}
     evolution = [{"model": name, **row} for name, track in zip(names, tracks, strict=True) for row in track]
@@ -116,7 +116,7 @@ def report(
     files["settings.json"] = json_bytes(settings)
     sections.append(Section("Settings", f"<pre>{escape(json_text(settings))}</pre>"))
     introduction = (
-        f"{escape(first.model)} on {escape(data.name)}, {len(images.x):,} test images; device "
+        f"{escape(first.model)} on {escape(data.name)}, {sampled(data, whole)}; device "
         f"{escape(str(about['device']))}. Every table and figure has its numbers as CSV beside this page."
     )
     files["index.html"] = page(f"CURE on {data.name}", introduction, sections).encode(errors="xmlcharrefreplace")
@@ -240,7 +240,7 @@ SURFACE_CAPTION = (
     "Minus the loss on the plane of the decision boundary's normal and a random direction orthogonal to it, around one "
     "image; one scale for all."
 )
-TRACK_CAPTION = "Curvature and robustness on a fixed set of images, epoch by epoch."
+TRACK_CAPTION = "Curvature and robustness on images held out of training, epoch by epoch."
 CURVE_CAPTION = "Accuracy under PGD-10 at each radius; the radius 0 is clean accuracy."
 BOUND_CAPTION = (
     "L2 distance to the decision boundary that DeepFool and PGD-20 find, beside the bounds that gradient and curvature "

@@ -15,8 +15,9 @@ def draw_curves(
     metrics: dict[str, dict[str, Any]],
     file: IO[bytes],
     title: str,
+    followed: int,
 ) -> None:
-    """Draw `history` (rows of history.csv) and `metrics` (of metrics.json) as a PNG."""
+    """Draw `history` (rows of history.csv, on `followed` images) and `metrics` (of metrics.json) as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,7 +31,7 @@ def draw_curves(
     by_epoch.plot(epochs, [row["clean"] for row in history], color=BLUE, label="clean")
     label = f"PGD-10, eps {robust_eps}"
     by_epoch.plot(epochs, [row["pgd"] for row in history], color=ORANGE, ls="--", label=label)
-    by_epoch.set(xlabel="epoch", ylabel="accuracy (128 test images)", ylim=(-0.02, 1.02))
+    by_epoch.set(xlabel="epoch", ylabel=f"accuracy ({followed} validation images)", ylim=(-0.02, 1.02))
 
     fine_tuned = [(epoch, row) for epoch, row in zip(epochs, history, strict=True) if row["phase"] == "cure"]
     steps = [epoch for epoch, _ in fine_tuned]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from fastcure.data import Dataset, load
+from fastcure.data import Dataset, hold_out, limited, load, stratified
 from fastcure.environment import environment, pick_device
 from fastcure.models import build
 from fastcure.placement import placed
@@ -67,10 +67,11 @@ def _finetune(
         return folder.read_json("metrics.json")
     if settings.engine == "cuda_graph" and ranks.device.type != "cuda":
         raise ValueError(f"--engine cuda_graph wants a CUDA device, got {ranks.device}: leave it out")
-    data = limited(load(settings.dataset, settings.data_dir), settings.limit)
+    whole = load(settings.dataset, settings.data_dir)
+    data, *held = hold_out(limited(whole, settings.limit, settings.seed), settings.validation, settings.seed)
     torch.manual_seed(settings.seed)
     model = placed(make_model(settings, data), settings.model, data.x_test.shape[1:], ranks.device)
-    run = Run(settings, data, model, ranks, folder, interruption)
+    run = Run(settings, data, (held[0], held[1]), model, ranks, folder, interruption)
     if folder.checkpoint.exists():
         run.restore()
     elif settings.checkpoint is not None:
@@ -80,9 +81,13 @@ def _finetune(
     if folder.checkpoint.exists():
         say(f"resuming after {progress.epoch} epochs and {progress.step} steps of {progress.phase}")
     say(
-        f"{data.name}: {len(data.x_train):,} training and {len(data.x_test):,} test images of "
-        f"{' x '.join(map(str, data.x_train.shape[1:]))}, {settings.model} on {ranks}, seed {settings.seed}"
+        f"{data.name}: {len(data.x_train):,} training, {len(held[1]):,} validation, {len(data.x_test):,} test images "
+        f"of {' x '.join(map(str, data.x_train.shape[1:]))}, {settings.model} on {ranks}, seed {settings.seed}"
     )
+    if settings.limit is not None:
+        say(f"--limit: stratified samples of {len(whole.x_train):,} training and {len(whole.x_test):,} test images")
+    if settings.track > len(held[1]):
+        say(f"--track {settings.track}: there are {len(held[1])} validation images; --validation N holds out more")
 
     if ranks.first and not folder.begun:
         folder.write_json("config.json", asdict(settings))
@@ -101,13 +106,14 @@ def _finetune(
         folder.write_json("metrics.json", metrics)
         try:
             picture = io.BytesIO()
-            draw_curves(progress.history, metrics, picture, data.name)
+            draw_curves(progress.history, metrics, picture, data.name, len(held[1]))
         except Exception as error:  # the results are there without it
             reason = " ".join(str(error).split())[:200]
             warnings.append(f"curves.png could not be drawn ({type(error).__name__}: {reason})")
         else:
             folder.write("curves.png", picture.getvalue())
         found = {"microbatch": progress.microbatch, "seconds": progress.seconds, "warnings": warnings}
+        found["images"] = {"train": len(data.y_train), "validation": len(held[1]), "test": len(data.y_test)}
         folder.write_json("environment.json", {**environment(ranks.device), **found})
         folder.finish()
     say(table(metrics))
@@ -121,22 +127,11 @@ def silent(_: str) -> None:
     """Take the lines of the processes that do not print."""
 
 
-def limited(data: Dataset, limit: int | None) -> Dataset:
-    """Return the first `limit` images of each split, or all."""
-    if limit is None:
-        return data
-    return data._replace(
-        x_train=data.x_train[:limit],
-        y_train=data.y_train[:limit],
-        x_test=data.x_test[:limit],
-        y_test=data.y_test[:limit],
-    )
-
-
 def make_model(settings: Settings, data: Dataset) -> nn.Module:
     """Build the network for the data's channels and classes, with their mean and deviation as its normalisation."""
     channels = data.x_train.shape[1]
-    pixels = data.x_train[:10_000].transpose(0, 1).reshape(channels, -1).double() / 255
+    chosen = stratified(data.y_train, 10_000, settings.seed)
+    pixels = data.x_train[chosen].transpose(0, 1).reshape(channels, -1).double() / 255
     std = pixels.std(1).clamp_min(1e-2)  # a constant channel has none
     return build(settings.model, data.classes, channels, pixels.mean(1).tolist(), std.tolist())
 

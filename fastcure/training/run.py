@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastcure import CURE
 from fastcure.accuracy import right
 from fastcure.attacks import pgd
-from fastcure.data import Dataset, Loader, default_augmentation
+from fastcure.data import Dataset, Loader, default_augmentation, stratified
 from fastcure.training.checkpoint import Parts, Progress, pack, unpack
 from fastcure.training.epoch import Normal, train_steps
 from fastcure.training.interrupt import Interrupted, Interruption
@@ -26,9 +26,6 @@ from fastcure.training.run_folder import RunFolder
 from fastcure.training.settings import Settings, step_lengths
 from fastcure.training.tally import EpochResult, Tally
 from fastcure.training.track import track_row
-
-FOLLOWED = 128
-"""Test images on which clean and PGD accuracy are followed from epoch to epoch; no decision depends on them."""
 
 EVALUATED = 256
 """Images at a time in an evaluation, unless training takes fewer at a time for want of memory."""
@@ -48,6 +45,7 @@ class Run:
     Args:
         settings: of the run.
         data: on the CPU.
+        held: images and labels that are not trained on, nor in the test set, to follow the run on.
         model: on the device of `ranks`; it is trained in place.
         ranks: the processes that share the work.
         folder: takes the state and the history.
@@ -58,6 +56,7 @@ class Run:
         self,
         settings: Settings,
         data: Dataset,
+        held: tuple[Tensor, Tensor],
         model: nn.Module,
         ranks: Ranks,
         folder: RunFolder,
@@ -65,7 +64,8 @@ class Run:
     ) -> None:
         self.settings, self.model, self.ranks = settings, model, ranks
         self.folder, self.interruption = folder, interruption
-        self.x_test, self.y_test = data.x_test.to(ranks.device), data.y_test.to(ranks.device)
+        self.test = data.x_test.to(ranks.device), data.y_test.to(ranks.device)
+        self.held = held[0].to(ranks.device), held[1].to(ranks.device)
         self.loader = Loader(
             data.x_train,
             data.y_train,
@@ -74,7 +74,7 @@ class Run:
             augment=default_augmentation(data.name) if settings.augment else None,
             generator=torch.Generator().manual_seed(settings.seed),
         )
-        self.progress = Progress(data=checksum(data), microbatch=settings.microbatch)
+        self.progress = Progress(data=checksum(*data[:4], *held), microbatch=settings.microbatch)
         self.optimizer = adam(model)
         self.tally = Tally(ranks.device)
         self._saved = self._clock = 0.0
@@ -121,7 +121,7 @@ class Run:
         self._clock = time.perf_counter() - progress.seconds.get(progress.phase, 0.0)
         if cured:
             schedules = {name: settings.schedule(name) for name in ("lr", "gamma")}
-            values = self.x_test[0].numel()
+            values = self.test[0][0].numel()
             schedules["h"] = step_lengths(settings.h, settings.h_unit, settings.epochs, settings.eps, values)
             engine = "eager" if settings.engine == "auto" else settings.engine
             objective: CURE | Normal = CURE(
@@ -160,8 +160,8 @@ class Run:
         """Clean accuracy, and accuracy under PGD-10 at each eps, on the whole test set."""
         robust = {}
         for eps in self._bar(self.settings.eps, f"PGD-10 {title}", unit="eps"):
-            robust[f"{eps:.6g}"] = self._accuracy(len(self.y_test), eps)
-        return {"clean": self._accuracy(len(self.y_test)), "pgd": robust}
+            robust[f"{eps:.6g}"] = self._accuracy(*self.test, eps)
+        return {"clean": self._accuracy(*self.test), "pgd": robust}
 
     @property
     def _generator(self) -> torch.Generator:
@@ -238,7 +238,7 @@ class Run:
         self._saved = time.monotonic()
 
     def _end_epoch(self, row: dict[str, float], result: EpochResult, title: str) -> None:
-        clean, robust = self._accuracy(FOLLOWED), self._accuracy(FOLLOWED, self.settings.eps[-1])
+        clean, robust = self._accuracy(*self.held), self._accuracy(*self.held, self.settings.eps[-1])
         progress = self.progress
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.tally.clear()
@@ -270,21 +270,21 @@ class Run:
         progress, settings = self.progress, self.settings
         if not (settings.track and progress.phase == "cure"):
             return progress.track
-        x, y = self.x_test[: settings.track], self.y_test[: settings.track]
-        rows = [*progress.track, track_row(self.model, x, y, progress.epoch, settings.seed)]
+        x, y = self.held
+        chosen = stratified(y, settings.track, settings.seed).to(y.device)
+        rows = [*progress.track, track_row(self.model, x[chosen], y[chosen], progress.epoch, settings.seed)]
         if self.ranks.first:
             self.folder.write_csv("track.csv", rows)
         return rows
 
-    def _accuracy(self, count: int, eps: float | None = None) -> float:
-        """Accuracy on the first `count` test images, clean or under PGD-10; the processes share the batches."""
+    def _accuracy(self, x: Tensor, y: Tensor, eps: float | None = None) -> float:
+        """Accuracy on images, clean or under PGD-10; the processes share the batches."""
 
         def attacked(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
             self.interruption.check()
             attack = None if eps is None else partial(pgd, eps=eps, steps=10, generator=generator)
             return right(self.model, x, y, attack)
 
-        x, y = self.x_test[:count], self.y_test[:count]
         batch_size = self.progress.microbatch or EVALUATED
         return float(self.ranks.map(attacked, x, y, self.settings.seed, batch_size).double().mean())
 
@@ -297,9 +297,9 @@ ROW = ("lr", "gamma", "h")
 """Columns of the history that hold schedules: what the epoch's last step used."""
 
 
-def checksum(data: Dataset) -> int:
+def checksum(*parts: Tensor) -> int:
     """Return a number that other images or labels hardly share."""
     value = 0
-    for part in (data.x_train, data.y_train, data.x_test, data.y_test):
+    for part in parts:
         value = zlib.crc32(part.contiguous().numpy().data, value)
     return value

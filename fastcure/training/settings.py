@@ -68,11 +68,14 @@ class Settings:
         (2 / 255, 4 / 255, 8 / 255, 12 / 255),
         "Radii of the L-infinity PGD-10 evaluation, in pixels in [0, 1]; the run is followed at the last one.",
     )
-    track: int = setting(0, "Follow curvature and PGD-10 at eps 8/255 on so many test images (track.csv).")
+    validation: int | None = setting(
+        None, "Training images held out to follow the run on (128, or a tenth of them if that is less)."
+    )
+    track: int = setting(0, "Follow curvature and PGD-10 at eps 8/255 on so many of the images held out (track.csv).")
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
     amp: str = setting("none", "'none' or 'bf16': the dtype of autocast.")
     seed: int = setting(0, "Of the weights, the batches' order, the augmentation and the attacks' starts.")
-    limit: int | None = setting(None, "Use the first N training and the first N test images only.")
+    limit: int | None = setting(None, "Use N training and N test images only, stratified by class.")
     out: str = setting("runs/finetune", "Folder of the run's results; must not exist, or be empty.")
 
     def __post_init__(self) -> None:
@@ -92,7 +95,7 @@ class Settings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "microbatch": 1, "limit": 1, "seed": 0, "track": 0}
-        check_whole_numbers(self, least)
+        check_whole_numbers(self, {**least, "validation": 1})
         check_modes(self.power, self.batch_stats, self.loss_at)
         check_parts(self.microbatch, self.batch_stats)
         check_fraction(self.fraction)

@@ -6,10 +6,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import methods
 import numpy as np
 import pytest
 import torch
-from methods import METHODS, Moment, Recipe, gradients
+from methods import Moment, Recipe, gradients
 from PIL import Image
 from robustness import TINY, Study, check_row, recipe_of
 from robustness_data import JPEG, Images, read_images
@@ -111,6 +112,21 @@ def test_the_budget_knows_what_a_step_costs(images: Images, label: str) -> None:
     assert run.cost(run.started()) == pytest.approx(COST[label], rel=0.02)
 
 
+def test_trades_is_its_definition(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = batch
+    model.double()
+    x = x.double()
+    adv = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
+    monkeypatch.setattr(methods, "attacked", lambda *_: adv)
+    other = copy.deepcopy(model).eval()
+    p, q = other(x).softmax(1), other(adv).softmax(1)
+    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    (-other(x).log_softmax(1)[range(8), y].mean() + 0.7 * divergence).backward()
+    said = gradients(model, x, y, Recipe("", "trades", 1, "1", batch_stats="frozen", steps=2), moment())
+    assert said == pytest.approx(float(divergence), rel=1e-9)
+    torch.testing.assert_close(found(model), found(other), rtol=1e-7, atol=1e-10)
+
+
 def test_settings_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"method must be one of .*, got 'magic'"):
         Recipe("", "magic", 1, "1")
@@ -120,7 +136,6 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         Recipe("", "cure", 1, "1", fraction=0.5, mix=0.5)
     with pytest.raises(ValueError, match="batch_stats='split' needs mix=0"):
         Recipe("", "cure", 1, "1", batch_stats="split", mix=0.5)
-    assert "trades" in METHODS
 
 
 def test_a_run_is_done_once_and_again_gives_the_same_row(images: Images, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import fastcure.evaluation.evaluate as evaluation
 from fastcure.accuracy import batches
 from fastcure.attacks import autoattack, pgd
 from fastcure.cli import main
+from fastcure.data import stratified
 from fastcure.models import Normalize, build, resnet8
 from fastcure.outside import load_model
 from fastcure.placement import placed
@@ -121,10 +123,13 @@ def test_a_run_is_enough(place: Place, capsys: pytest.CaptureFixture[str]) -> No
         assert title in shown
 
 
-def test_the_run_before_cure_is_its_other_checkpoint(place: Place) -> None:
+def test_the_run_before_cure_is_its_other_checkpoint(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     found = place.results("--run", "run", "--checkpoint", "run/original.safetensors", "--limit", "9", "--eps", "1/255")
     twin = load_model("resnet8", "run/original.safetensors", classes=3).eval()
-    assert found["clean"] == right(twin, place.x[:9], place.y[:9])
+    chosen = stratified(place.y, 9, seed=0)
+    assert found["clean"] == right(twin, place.x[chosen], place.y[chosen])
+    assert (found["images"], found["test_set"]) == (9, 30)
+    assert "9 test images (a sample of 30, stratified by class)" in capsys.readouterr().out
     assert list(found["pgd"]) == ["0.00392157"]
 
 
@@ -152,9 +157,24 @@ def test_all_attacks(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert title in shown
 
 
-def test_a_seed_repeats(place: Place) -> None:
-    first, again = (place.results("--run", "run", "--eps", "0.05", "--seed", "3") for _ in range(2))
-    assert first == again
+def test_a_seed_repeats_and_another_differs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Tensor] = []
+
+    def recorded(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        adv = pgd(model, x, y, **options)
+        starts.append(adv)
+        return adv
+
+    monkeypatch.setattr(evaluation, "pgd", recorded)
+    found = {}
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
+        starts.clear()
+        results = place.results("--run", "run", "--eps", "0.05", "--steps", "1", "--seed", seed)
+        found[name] = results, torch.cat(starts)
+    assert found["first"][0] == found["again"][0]
+    assert torch.equal(found["first"][1], found["again"][1])
+    assert found["first"][1].shape == found["other"][1].shape
+    assert not torch.equal(found["first"][1], found["other"][1])
 
 
 @pytest.mark.parametrize("name", ["outside_networks:network", "outside_networks:Network"])

@@ -2,13 +2,11 @@
 
 import io
 import json
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from pictures import BLUE, ORANGE, drawn
 from small_runs import finetune, write_npz
 
 import fastcure.training.finetune as module
@@ -24,30 +22,18 @@ HISTORY = [
 METRICS: Any = {name: {"clean": 0.7, "pgd": {"0.1": 0.2}} for name in ("before", "after")}
 
 
-def pixels(png: bytes) -> np.ndarray:
-    """Decode a PNG of 8-bit RGBA: rows of bytes, each filtered by one of five rules."""
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    place, packed, width, height = 8, b"", 0, 0
-    while place < len(png):
-        (length,) = struct.unpack(">I", png[place : place + 4])
-        kind, content = png[place + 4 : place + 8], png[place + 8 : place + 8 + length]
-        if kind == b"IHDR":
-            width, height, depth, colour = struct.unpack(">IIBB", content[:10])
-            assert (depth, colour) == (8, 6)
-        packed += content if kind == b"IDAT" else b""
-        place += 12 + length
-    return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 4 * width)
-
-
 def title_of_curves(name: str) -> bytes:
     file = io.BytesIO()
-    draw_curves(HISTORY, METRICS, file, name)
+    draw_curves(HISTORY, METRICS, file, name, 128)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_curves_of_any_name_are_drawn(name: str) -> None:
-    assert pixels(title_of_curves(name)).std() > 0
+    png = title_of_curves(name)
+    assert drawn(png, BLUE) > 300
+    assert drawn(png, ORANGE) > 300
+    assert drawn(png) > drawn(title_of_curves("")) + 50  # the title
 
 
 def test_a_name_is_drawn_letter_by_letter() -> None:
@@ -95,7 +81,7 @@ def test_the_figures_of_a_report_show_any_name(tmp_path: Path, name: str) -> Non
     bounds = [{"model": name, "deepfool": 1.0, "pgd": 1.1, "lower": 0.9, "upper": 1.2}] * 2
     figures.draw_bounds(bounds, tmp_path / "b.png")
     for figure in ("a.png", "b.png"):
-        assert pixels((tmp_path / figure).read_bytes()).std() > 0
+        assert drawn((tmp_path / figure).read_bytes(), BLUE) > 100
 
 
 def test_a_legend_shows_a_name_that_begins_with_an_underscore(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +98,7 @@ def test_a_run_on_a_path_with_a_dollar_ends_well(tmp_path: Path, monkeypatch: py
     (tmp_path / "d$^$").mkdir()
     npz = write_npz(Path("d$^$") / "e$_.npz")
     assert finetune(npz, Path("o$^$")) == 0
-    assert pixels((tmp_path / "o$^$" / "curves.png").read_bytes()).std() > 0
+    assert drawn((tmp_path / "o$^$" / "curves.png").read_bytes(), BLUE) > 300
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(

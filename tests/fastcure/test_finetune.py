@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from pictures import BLUE, ORANGE, drawn
 from safetensors.torch import load_file, save_file
 
+import fastcure.training.finetune as module
 from fastcure.cli import main
+from fastcure.data import Dataset, hold_out
 from fastcure.models import resnet8
 from fastcure.training.finetune import collapse
 from fastcure.training.settings import make_settings
@@ -58,19 +61,74 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_folder_holds_what_is_promised(run: Path) -> None:
+def accuracy(weights: Path, npz: Path) -> float:
+    """On the test images, by a plain forward pass."""
+    model = resnet8(classes=2).eval()
+    model.load_state_dict(load_file(weights))
+    with np.load(npz) as arrays:
+        x, y = (torch.from_numpy(arrays[f"{name}_test"]) for name in "xy")
+    return float((model(x.permute(0, 3, 1, 2).float() / 255).argmax(1) == y).double().mean())
+
+
+def test_the_folder_holds_what_is_promised(run: Path, npz: Path) -> None:
     assert sorted(p.name for p in run.iterdir()) == FILES
     metrics = read(run, "metrics.json")
     assert list(metrics) == ["before", "after"]
-    for side in metrics.values():
+    for name, side in zip(("original", "model"), metrics.values(), strict=True):
+        assert side["clean"] == accuracy(run / f"{name}.safetensors", npz)
         assert list(side["pgd"]) == ["0.0313725", "0.1"]
-        assert all(0 <= value <= 1 for value in [side["clean"], *side["pgd"].values()])
+        assert side["pgd"]["0.1"] <= side["pgd"]["0.0313725"] <= side["clean"]
     rows = history(run)
     assert [(row["phase"], row["epoch"]) for row in rows] == [
         ("pretrain", "1"), ("pretrain", "2"), ("cure", "1"), ("cure", "2")
     ]  # fmt: skip
     assert read(run, "config.json")["gamma"] == "0.1"
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert read(run, "environment.json")["images"] == {"train": 43, "validation": 5, "test": 24}
+    picture = (run / "curves.png").read_bytes()
+    assert drawn(picture, BLUE) > 500
+    assert drawn(picture, ORANGE) > 300
+
+
+def test_a_run_is_followed_on_images_that_are_neither_trained_on_nor_tested_on(npz: Path, tmp_path: Path) -> None:
+    """The labels of the test images are exchanged: what follows the run does not see them."""
+    with np.load(npz) as arrays:
+        wrong = {**arrays, "y_test": 1 - arrays["y_test"]}
+    np.savez(tmp_path / "wrong.npz", **wrong)
+    flags = ["--track", "3", "--validation", "20", "--pretrain-lr", "1e-2", "--lr", "1e-5", "--eps", "0.02"]
+    assert finetune(tmp_path / "wrong.npz", tmp_path / "out", *flags) == 0
+    assert read(tmp_path / "out", "metrics.json")["after"]["clean"] < 0.1
+    assert float(history(tmp_path / "out")[-1]["clean"]) > 0.9
+    with (tmp_path / "out" / "track.csv").open(newline="") as file:
+        assert all(float(row["clean"]) > 0.6 for row in csv.DictReader(file))
+    assert read(tmp_path / "out", "environment.json")["images"] == {"train": 28, "validation": 20, "test": 24}
+
+
+def test_a_limit_of_sorted_data_has_every_class(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(npz) as arrays:
+        order = {split: arrays[f"y_{split}"].argsort(kind="stable") for split in ("train", "test")}
+        arranged = {f"{name}_{split}": arrays[f"{name}_{split}"][order[split]] for name in "xy" for split in order}
+    np.savez(tmp_path / "sorted.npz", **arranged)
+    seen = []
+
+    def watched(data: Dataset, count: int | None, seed: int) -> tuple[Dataset, torch.Tensor, torch.Tensor]:
+        rest, x, y = hold_out(data, count, seed)
+        seen.extend([rest.y_train, y, rest.y_test])
+        return rest, x, y
+
+    monkeypatch.setattr(module, "hold_out", watched)
+    flags = ["--limit", "20", "--track", "9"]
+    assert finetune(tmp_path / "sorted.npz", tmp_path / "out", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "18 training, 2 validation, 20 test images" in printed
+    assert "--limit: stratified samples of 48 training and 24 test images" in printed
+    assert "--track 9: there are 2 validation images" in printed
+    for labels, split in zip(seen, ("train", "train", "test"), strict=True):
+        y = arranged[f"y_{split}"]
+        shares = len(labels) * np.bincount(y) / len(y)
+        assert (abs(labels.bincount(minlength=2).numpy() - shares) < 2).all()
+        assert labels.unique().numel() == 2
 
 
 def test_weights_load_into_the_bare_model_and_say_nothing_of_the_machine(run: Path) -> None:
@@ -159,6 +217,8 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--lr", "fast"], "lr must be a number or a schedule"),
         (["--epochs", "0"], "epochs must be >= 1, got 0"),
         (["--batch-size", "0"], "batch_size must be >= 1"),
+        (["--validation", "0"], "validation must be >= 1, got 0"),
+        (["--validation", "48"], "validation must leave images to train on, got 48 of the 48 training images"),
         (["--model", "vgg"], "model must be one of resnet8, resnet18, wide_resnet28_10, got 'vgg'"),
         (["--engine", "fast"], "engine must be one of auto"),
         (

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import fastcure.evaluation.settings as measurement
 from fastcure.cli import main
+from fastcure.data import hold_out, load
 from fastcure.models import resnet8
 from fastcure.report import measures
 from fastcure.report import report as reporting
@@ -52,13 +53,14 @@ def test_tracking_does_not_disturb_training(runs: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert json.loads((runs / "tracked" / "config.json").read_text())["track"] == 1000
-    metrics, followed = json.loads((runs / "tracked" / "metrics.json").read_text()), 24
-    for row, when in ((rows[0], "before"), (rows[-1], "after")):  # all test images are followed
-        assert float(row["clean"]) == metrics[when]["clean"]
-        assert float(row["pgd"]) * followed == pytest.approx(round(float(row["pgd"]) * followed), abs=1e-9)
-        model, (x, y) = network(runs / "tracked", when), images(runs)
-        assert float(row["along_z"]) == pytest.approx(float(plain_along_z(model, x, y).mean()), rel=1e-4)
-        assert metrics[when]["pgd"]["0.1"] <= float(row["pgd"]) <= float(row["clean"])  # 8/255 < 0.1
+    data, x, y = hold_out(load(f"npz:{runs / 'grey.npz'}"), None, 0)
+    assert (len(data.y_train), len(y)) == (43, 5)
+    for row, when in ((rows[0], "before"), (rows[-1], "after")):  # all images that are held out are followed
+        model, pixels = network(runs / "tracked", when), x.float() / 255
+        assert float(row["clean"]) == float((model(pixels).argmax(1) == y).double().mean())
+        assert float(row["pgd"]) * 5 == pytest.approx(round(float(row["pgd"]) * 5), abs=1e-9)
+        assert float(row["along_z"]) == pytest.approx(float(plain_along_z(model, pixels, y).mean()), rel=1e-4)
+        assert float(row["pgd"]) <= float(row["clean"])
     assert len({row["along_z"] for row in rows}) == 3
     assert not (runs / "plain" / "track.csv").exists()
 
@@ -67,11 +69,6 @@ def network(run: Path, when: str) -> nn.Module:
     model = resnet8(classes=3, channels=1)
     model.load_state_dict(load_file(run / f"{'original' if when == 'before' else 'model'}.safetensors"))
     return model.eval()
-
-
-def images(runs: Path) -> tuple[Tensor, Tensor]:
-    with np.load(runs / "grey.npz") as arrays:
-        return torch.from_numpy(arrays["x_test"])[:, None].float() / 255, torch.from_numpy(arrays["y_test"])
 
 
 def plain_along_z(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -183,6 +180,18 @@ def test_an_analysis(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert len(network["largest"]) == len(network["smallest"]) == 5
         assert network["largest"] == sorted(network["largest"])
     assert "largest eigenvalues" in capsys.readouterr().out
+
+
+def test_the_seed_of_an_analysis_is_that_of_its_probes(runs: Path, tmp_path: Path) -> None:
+    found = []
+    for index, seed in enumerate(("3", "3", "4")):
+        out = tmp_path / f"{index}.json"
+        flags = ["--run", str(runs / "plain"), "--limit", "24", "--probes", "3", "--extremes", "1", "--out", str(out)]
+        assert main(["analyze", *flags, "--seed", seed]) == 0
+        found.append(json.loads(out.read_text())["networks"]["after CURE"])
+    assert found[0] == found[1]
+    assert found[0]["frobenius"] != found[2]["frobenius"]
+    assert found[0]["along_z"] == found[2]["along_z"]  # of the same images: nothing in it is random
 
 
 def test_the_environment(capsys: pytest.CaptureFixture[str]) -> None:

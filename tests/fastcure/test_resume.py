@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small_runs import check_equal, contents, finetune, write_npz
 
 import fastcure.training.run as run_module
 from fastcure.cli import main
-from fastcure.training.checkpoint import pack, unpack
+from fastcure.training.checkpoint import Progress, pack, unpack
 from fastcure.training.run import Run
 from fastcure.training.run_folder import RunFolder, reserved
 
@@ -190,6 +191,37 @@ def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     refused(half, npz, capsys, "its checksum is not that of its content): is it whole?")
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        (torch.arange(6, dtype=torch.int32), torch.arange(6, dtype=torch.int32).view(torch.float32)),
+        (torch.arange(6), torch.arange(6).view(2, 3)),
+        (torch.arange(6).view(2, 3), torch.arange(6).view(3, 2)),
+    ],
+    ids=["dtype", "dimensions", "shape"],
+)
+def test_the_same_bytes_as_another_dtype_or_shape_are_noticed(
+    tmp_path: Path, written: torch.Tensor, found: torch.Tensor
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(pack(Progress(data=0), {"model": {"a": written}}))
+    unpack(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"model/a": found}, path, metadata)
+    with pytest.raises(ValueError, match="its checksum is not that of its content"):
+        unpack(path)
+
+
+def test_what_was_read_stays_when_the_file_changes(tmp_path: Path) -> None:
+    path, value = tmp_path / "a.safetensors", torch.rand(1000)
+    path.write_bytes(pack(Progress(data=0), {"model": {"a": value}}))
+    _, parts = unpack(path)
+    with path.open("r+b") as file:  # in place: the memory of a mapped file changes with it
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(parts["model"]["a"], value)
 
 
 @pytest.mark.parametrize("kind", ["not safetensors", "weights", "another model's", "no optimiser", "no json"])

@@ -1,0 +1,77 @@
+"""Parts of a dataset that have every class in its share, whatever the order of the images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcure.data.dataset import Dataset
+
+HELD_OUT = 128
+"""Training images on which a run is followed, if they are at most a tenth of them."""
+
+
+def stratified(y: Tensor, count: int, seed: int) -> Tensor:
+    """Choose `count` images at random, as many of each class as its share is, rounded up or down.
+
+    Args:
+        y: class indices `(N,)`.
+        count: how many; N at most counts.
+        seed: of the choice, which is the same on every device.
+
+    Returns:
+        int64 `(min(count, N),)`, on the CPU: the places of the images, ascending.
+    """
+    N = len(y)
+    if count >= N:
+        return torch.arange(N)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(N, generator=generator)
+    by_class = shuffled[y.cpu()[shuffled].argsort(stable=True)]
+    # Every N/count-th of them, from a random beginning.
+    places = (torch.arange(count) * N + torch.randint(N, (1,), generator=generator)) // count
+    return by_class[places].sort().values
+
+
+def limited(data: Dataset, limit: int | None, seed: int) -> Dataset:
+    """Return stratified samples of at most `limit` images of each split, or all of them."""
+    if limit is None:
+        return data
+    train, test = (stratified(y, limit, seed) for y in (data.y_train, data.y_test))
+    return data._replace(
+        x_train=data.x_train[train], y_train=data.y_train[train], x_test=data.x_test[test], y_test=data.y_test[test]
+    )
+
+
+def sampled(data: Dataset, whole: Dataset) -> str:
+    """Say how many test images there are, and of how many they are a sample."""
+    count, of = len(data.y_test), len(whole.y_test)
+    return f"{count:,} test images" + (f" (a sample of {of:,}, stratified by class)" if count < of else "")
+
+
+def hold_out(data: Dataset, count: int | None, seed: int) -> tuple[Dataset, Tensor, Tensor]:
+    """Take a stratified sample out of the training images, to follow the training on it and to choose by it.
+
+    Args:
+        data: is left as it is.
+        count: how many; None for `HELD_OUT`, or a tenth of the training images if that is less.
+        seed: of the choice.
+
+    Returns:
+        The dataset without them; uint8 `(count, C, H, W)`; int64 `(count,)`.
+
+    Raises:
+        ValueError: if none are left to train on.
+    """
+    N = len(data.y_train)
+    wanted = min(HELD_OUT, -(-N // 10)) if count is None else count
+    if wanted >= N:
+        raise ValueError(
+            f"validation must leave images to train on, got {wanted} of the {N} training images of {data.name}: lower "
+            "--validation, or give more images"
+        )
+    chosen = stratified(data.y_train, wanted, seed)
+    held = torch.zeros(N, dtype=torch.bool)
+    held[chosen] = True
+    rest = data._replace(x_train=data.x_train[~held], y_train=data.y_train[~held])
+    return rest, data.x_train[held], data.y_train[held]
