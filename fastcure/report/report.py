@@ -195,8 +195,7 @@ def _measure(
     planes = measures.surfaces(subjects, images, seed)
     if planes:
         files["figure2_surface.csv"] = csv_bytes(_surface_rows(planes))
-        files["figure2_surface.png"] = _png(figures.draw_surfaces, planes)
-        drawn = figure(files["figure2_surface.png"], SURFACE_CAPTION)
+        drawn = _png(files, "figure2_surface", figures.draw_surfaces, planes, SURFACE_CAPTION)
         sections.append(Section("Figure 2: loss surfaces", drawn))
 
     missing = '<p class="note">Not tracked: <code>fastcure finetune --track</code> records it.</p>'
@@ -251,14 +250,19 @@ BOUND_CAPTION = (
 
 def _drawn(files: Files, name: str, rows: list[Row], draw: Callable[[list[Row], IO[bytes]], None], caption: str) -> str:
     files[f"{name}.csv"] = csv_bytes(rows)
-    files[f"{name}.png"] = _png(draw, rows)
-    return figure(files[f"{name}.png"], caption)
+    return _png(files, name, draw, rows, caption)
 
 
-def _png(draw: Callable[[Any, IO[bytes]], None], subject: Any) -> bytes:
+def _png(files: Files, name: str, draw: Callable[[Any, IO[bytes]], None], subject: Any, caption: str) -> str:
+    """Draw a figure; one that cannot be drawn is a note in the page, and its numbers are there all the same."""
     file = io.BytesIO()
-    draw(subject, file)
-    return file.getvalue()
+    try:
+        draw(subject, file)
+    except Exception as error:
+        reason = escape(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return f'<p class="note">{name}.png could not be drawn ({reason}); its numbers are in {name}.csv.</p>'
+    files[f"{name}.png"] = file.getvalue()
+    return figure(files[f"{name}.png"], caption)
 
 
 def _surface_rows(planes: list[tuple[str, Any]]) -> list[Row]:

@@ -230,6 +230,16 @@ def test_cells_are_escaped() -> None:
     assert "<i>c</i>" in text
 
 
+def test_a_figure_that_cannot_be_drawn_is_a_note() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font <at> all")
+
+    files: dict[str, bytes] = {}
+    drawn = reporting._drawn(files, "norms", [{"a": 1}], fail, "a caption")
+    assert "norms.png could not be drawn (RuntimeError: no font &lt;at&gt; all); its numbers are in norms.csv" in drawn
+    assert list(files) == ["norms.csv"]
+
+
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a run, whose report has a small file and a large one."""
