@@ -359,11 +359,14 @@ def run(part: dict[str, list[str]], results: Path, size: int | None, options: ar
         sorted({str(path.relative_to(ROOT)) for pattern in part[kind] for path in ROOT.glob(pattern)})
         for kind in ("sources", "tests")
     )
+    drawn = [fault for source in sources for fault in sample(source, size, options.seed)]
     found: dict[str, dict[str, str]] = {}
     if options.again:
-        found = {verdict["name"]: verdict for verdict in map(json.loads, results.read_text().splitlines())}
+        names = {fault.name for fault in drawn}
+        verdicts = map(json.loads, results.read_text().splitlines())
+        found = {verdict["name"]: verdict for verdict in verdicts if verdict["name"] in names}
     harmless, faults = equivalents(), []
-    for fault in (fault for source in sources for fault in sample(source, size, options.seed)):
+    for fault in drawn:
         if reason := harmless(fault):
             found[fault.name] = {"name": fault.name, "verdict": "equivalent", "by": reason}
         elif found.get(fault.name, {}).get("verdict", "left") == "left":
@@ -394,7 +397,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=20, help="of tests for each fault, at most")
-    parser.add_argument("--again", action="store_true", help="try the faults that the last run left, and no others")
+    parser.add_argument("--again", action="store_true", help="try only what the last run left or did not try")
     parser.add_argument("--table", action="store_true", help="only print what the runs so far found")
     options = parser.parse_args()
     size = None if options.sample == "all" else int(options.sample)
