@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastcure import CURE, curvature
 from fastcure.flops import FlopCounter
+from fastcure.objective import cross_entropy
 
 ENGINES = ["eager", "reference"]
 
@@ -388,3 +389,11 @@ def test_activation_checkpointing_is_right_or_one_clear_error(case: Case) -> Non
 def test_inference_mode_is_refused(case: Case) -> None:
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
         curvature(*case)
+
+
+def test_the_default_loss_is_traced_whole() -> None:
+    """Its look at the labels is for calls that are not compiled: it would break the graph."""
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy, backend="eager", fullgraph=True, dynamic=False)
+    logits, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    torch.testing.assert_close(compiled(logits, y), F.cross_entropy(logits, y, reduction="none"))
