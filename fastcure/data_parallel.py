@@ -32,13 +32,14 @@ def refuse_wrappers_within(*roots: object) -> None:
     """Raise if a part of a model or of its loss averages gradients by itself, and so before they are all there."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # without it there is none
     kinds = (DistributedDataParallel, DataParallel, *([fsdp.FullyShardedDataParallel] if fsdp else []))
-    for name, module in (named for root in roots if isinstance(root, nn.Module) for named in root.named_modules()):
-        if isinstance(module, kinds):
-            kind = type(module).__name__
-            raise TypeError(
-                f"the model must have no {kind} in it, got one at {name!r}: its gradients would not be averaged; take "
-                "the module inside it, and wrap the regulariser, DistributedDataParallel(CURE(model))"
-            )
+    for root in roots:
+        if not (isinstance(root, nn.Module) and any(isinstance(module, kinds) for module in root.modules())):
+            continue
+        name, module = next(named for named in root.named_modules() if isinstance(named[1], kinds))
+        raise TypeError(
+            f"the model must have no {type(module).__name__} in it, got one at {name!r}: its gradients would not be "
+            "averaged; take the module inside it, and wrap the regulariser, DistributedDataParallel(CURE(model))"
+        )
 
 
 def averaged_once(roots: tuple[object, ...], *values: Tensor) -> tuple[Tensor, ...]:
