@@ -103,7 +103,6 @@ def deepfool(
         logits = _logits(objective, x)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise ValueError(f"the model must have 2 outputs or more, got {', '.join(map(str, logits.shape[1:]))}")
-        check_numbers(has_no_class(logits))
         if y is not None:
             check_classes(y, logits)
         own = logits.argmax(1) if y is None else hard_labels(y)

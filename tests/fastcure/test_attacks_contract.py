@@ -383,6 +383,19 @@ def test_a_step_beyond_the_boundary_into_overflow_is_taken_back() -> None:
     assert float(found.distance) == pytest.approx(0.1, rel=1e-3)
 
 
+def test_a_gradient_that_vanishes_in_rounding_leads_nowhere() -> None:
+    """The boundary lies at 1e40, which float32 has no number for: nothing is found, and no point is infinite."""
+
+    class Faint(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            score = 1e-40 * x[:, 0] - 1
+            return torch.stack([torch.zeros_like(score), score], 1)
+
+    found = deepfool(Faint(), torch.tensor([[0.5]]), steps=3)
+    assert found.distance.isinf().all()
+    assert torch.equal(found.x_adv, torch.tensor([[0.5]]))
+
+
 def test_attacks_and_accuracy_take_only_images() -> None:
     model, x, y = case()
     with pytest.raises(TypeError, match=r"got torch\.int64: pass x\.byte\(\)"):

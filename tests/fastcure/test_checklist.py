@@ -179,6 +179,16 @@ def test_the_stronger_pgd_keeps_what_the_weaker_one_broke() -> None:
     assert evidence["drop"] == 0
 
 
+def test_a_loss_that_is_no_number_at_the_end_of_the_path_is_reported() -> None:
+    honest = Landscape(lambda d: 20 * d - 1)
+    broken = Landscape(lambda d: torch.where(d > 0.095, torch.nan, 20 * d - 1))
+    x, y = torch.full((100, 1, 1, 1), 0.5), torch.zeros(100, dtype=torch.int64)
+    (item,) = masking_checklist(honest, x, y, 0.1, progress=lambda checks: checks[-1:])
+    assert item.passed
+    with pytest.raises(FloatingPointError, match="100 of 100 samples is NaN"):
+        masking_checklist(broken, x, y, 0.1, progress=lambda checks: checks[-1:])
+
+
 def test_a_twin_attacks_in_evaluation_mode_and_comes_back_as_it_was() -> None:
     class Reversed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
