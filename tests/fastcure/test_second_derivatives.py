@@ -580,6 +580,18 @@ def test_vmap_inside_a_model(prepared: bool) -> None:
     attacks.deepfool(model, x)
 
 
+def test_vmap_around_a_batch_norm_in_training_mode() -> None:
+    model, (x, y) = Frames(), images()
+    for i in (1, 4):
+        model.inner[i] = nn.BatchNorm2d(4, track_running_stats=False)
+    model.inner[2] = nn.Tanh()
+    model.double().train()
+    z = unit(x)
+    truth = definition(model, x, y, z, train=True)
+    for value, right in zip(ours(model, x, y, z, batch_stats="train"), truth, strict=True):
+        assert relative(value, right) < 1e-9
+
+
 @pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm2d(4), nn.LayerNorm((4, 6, 6))])
 def test_grad_inside_a_model(norm: nn.Module) -> None:
     class Functional(Energy):
