@@ -50,6 +50,13 @@ def test_the_default_step_is_two_and_a_half_radii_over_the_steps(case: Case) -> 
     torch.testing.assert_close(ours, plain_pgd(case, 0.05, 0.025, 5, "linf"))
 
 
+def test_ten_steps_by_default(case: Case) -> None:
+    passes: list[int] = []
+    case.model.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    pgd(*case)
+    assert passes == [len(case.x)] * 10
+
+
 def test_fgsm_is_one_full_step(case: Case) -> None:
     torch.testing.assert_close(fgsm(*case, eps=0.05), plain_pgd(case, 0.05, 0.05, 1, "linf"))
 

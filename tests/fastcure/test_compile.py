@@ -50,6 +50,25 @@ def test_equals_the_oracle(counter: object, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("lost", ["first", "last"])
+def test_a_gradient_that_compilation_loses_is_an_error(counter: object, lost: str) -> None:
+    class Loses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layers = {"first": self.first, "last": self.last}
+            for name, layer in layers.items():
+                lose = torch.compiler.is_compiling() and name == lost
+                x = F.linear(x, layer.weight.detach() if lose else layer.weight, layer.bias).tanh()
+            return x
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="the compiled gradients differ from the eager ones by"):
+        curvature(Loses().double(), torch.rand(4, 6).double(), torch.tensor([0, 1, 2, 0]), engine="compile")
+
+
 def test_h_and_weights_change_without_recompilation(counter: CompileCounterWithBackend) -> None:
     case = make(NETWORKS["mlp-relu"], 4, seed=0)
     cure = CURE(case.model, engine="compile")
