@@ -69,6 +69,10 @@ def test_the_definitions_on_a_linear_network_by_hand() -> None:
         torch.testing.assert_close(out.loss, F.cross_entropy(model(x), y, reduction="none"))
         torch.testing.assert_close(out.logits, model(x).detach())
         torch.testing.assert_close(curvature(model, x, y, h, engine=engine, power=1).penalty, penalty.sqrt())
+        v = torch.randn_like(x)
+        along = (g(x + h * v) - g(x)).square().sum(1)
+        given = curvature(model, x, y, h, engine=engine, direction=v).penalty
+        torch.testing.assert_close(given, along, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("engine", ["eager", "reference"])
