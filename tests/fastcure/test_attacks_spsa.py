@@ -57,6 +57,16 @@ def test_the_points_compared_are_a_hundredth_away_by_default() -> None:
         torch.testing.assert_close((points - 0.5).abs(), torch.full_like(points, 0.01))
 
 
+@pytest.mark.parametrize("chunk_size", [2, 5, 64])
+def test_no_pass_holds_more_images_than_the_chunk_size(chunk_size: int) -> None:
+    model, x, y = Linear(5.0), torch.full((7, 4), 0.5), torch.zeros(7, dtype=torch.int64)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    spsa(model, x, y, 0.1, steps=1, samples=4, chunk_size=chunk_size)
+    assert max(seen) <= chunk_size
+    assert sum(seen) == 7 * (1 + 2 * 4)
+
+
 def test_a_sample_stops_where_it_is_first_misclassified() -> None:
     model, x, y = Linear(-0.7), torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64)  # score 0.3 - 1 at x
     x[0], x[1] = torch.tensor([0.9, 0.1, 0.9, 0.1]), torch.tensor([0.2, 0.5, 0.5, 0.5])
