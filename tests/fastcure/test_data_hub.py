@@ -140,6 +140,13 @@ def test_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:
         load(write_folder(tmp_path / "pets", pictures))
 
 
+def test_an_image_for_which_pillow_would_run_a_program_is_refused(tmp_path: Path) -> None:
+    name = write_folder(tmp_path / "pets", {name: picture(i) for i, name in enumerate(NAMES)})
+    picture(0).save(tmp_path / "pets" / NAMES[1], "EPS")  # whatever the file is called
+    with pytest.raises(ValueError, match="cannot identify image file"):
+        load(name)
+
+
 def test_an_image_that_is_missing(library: Any, tmp_path: Path) -> None:
     features = {"image": library.Image(), "label": library.ClassLabel(names=["a"])}
     columns = {"image": [picture(0), None], "label": [0, 0]}
