@@ -81,6 +81,27 @@ def test_the_second_thread_raises_and_the_first_is_right(engine: str, use: str) 
     USES[use](model)  # free again
 
 
+def test_a_loss_that_models_of_two_threads_share_raises_in_the_second() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits = Waits()
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.waits(logits), y, reduction="none")
+
+    loss_fn, models = Loss(), [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)]
+    first = threading.Thread(target=lambda: curvature(models[0], *IMAGES, loss_fn=loss_fn))
+    first.start()
+    try:
+        assert loss_fn.waits.inside.wait(60)
+        with pytest.raises(RuntimeError, match=MESSAGE):
+            curvature(models[1], *IMAGES, loss_fn=loss_fn)
+    finally:
+        loss_fn.waits.go_on.set()
+        first.join()
+
+
 def test_two_threads_with_a_copy_each_are_right() -> None:
     model, waits = network()
     waits.inside.set()
