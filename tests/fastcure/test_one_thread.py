@@ -81,7 +81,8 @@ def test_the_second_thread_raises_and_the_first_is_right(engine: str, use: str) 
     USES[use](model)  # free again
 
 
-def test_a_loss_that_models_of_two_threads_share_raises_in_the_second() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_that_models_of_two_threads_share_raises_in_the_second(training: bool) -> None:
     class Loss(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -90,7 +91,7 @@ def test_a_loss_that_models_of_two_threads_share_raises_in_the_second() -> None:
         def forward(self, logits: Tensor, y: Tensor) -> Tensor:
             return nn.functional.cross_entropy(self.waits(logits), y, reduction="none")
 
-    loss_fn, models = Loss(), [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)]
+    loss_fn, models = Loss().train(training), [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)]
     first = threading.Thread(target=lambda: curvature(models[0], *IMAGES, loss_fn=loss_fn))
     first.start()
     try:
