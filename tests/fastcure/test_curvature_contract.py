@@ -397,3 +397,10 @@ def test_the_default_loss_is_traced_whole() -> None:
     compiled = torch.compile(cross_entropy, backend="eager", fullgraph=True, dynamic=False)
     logits, y = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     torch.testing.assert_close(compiled(logits, y), F.cross_entropy(logits, y, reduction="none"))
+
+
+def test_sharded_parameters_are_refused() -> None:
+    model = nn.Linear(3, 3)
+    model.weight.full_tensor = lambda: model.weight  # as a DTensor has it
+    with pytest.raises(TypeError, match=r"model must not have sharded parameters .*fully_shard\(CURE\(model\)\)"):
+        curvature(model, torch.rand(2, 3), torch.tensor([0, 1]))
