@@ -267,3 +267,30 @@ def test_accuracy_counts_right_answers_of_the_model_in_evaluation_mode() -> None
     assert accuracy(Bright(), x, y, attack=lambda model, images, labels: 1 - images) == 0.2
     with pytest.raises(ValueError, match="at least one image"):
         accuracy(Bright(), x[:0], y[:0])
+
+
+def test_accuracy_counts_outputs_that_name_no_class() -> None:
+    class BlindInTheDark(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.flatten(1).mean(1, keepdim=True)
+            return torch.cat([0.5 - mean, mean - 0.5], 1).masked_fill(mean < 0.1, torch.nan)
+
+    x = torch.tensor([0, 10, 100, 20, 255], dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 2)
+    with pytest.raises(FloatingPointError, match="the outputs of 3 of 5 images are NaN or infinite"):
+        accuracy(BlindInTheDark(), x, torch.zeros(5, dtype=torch.int64), batch_size=2)
+
+
+def test_accuracy_gives_each_batch_a_generator_that_follows_the_seed() -> None:
+    def seeds(seed: int) -> list[int]:
+        seen: list[int] = []
+
+        def attack(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+            seen.append(generator.initial_seed())
+            return x
+
+        model, labels = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(5, dtype=torch.int64)
+        accuracy(model, torch.rand(5, 1, 2, 2), labels, attack, batch_size=2, seed=seed)
+        return seen
+
+    assert len(set(seeds(1) + seeds(2))) == 6
+    assert seeds(1) == seeds(1)
