@@ -311,27 +311,28 @@ def try_all(
         say(fault, verdict, ends[0].split(" - ")[0] if ends else "")
 
 
-def equivalents() -> Callable[[Fault], str | None]:
-    """Return what gives the reason why a fault changes nothing, or None."""
+def equivalents() -> Callable[[str], str | None]:
+    """Return what gives the reason why the fault of a name changes nothing, or None."""
     listed = tomllib.loads(EQUIVALENTS.read_text())
     reasons = {
-        (entry["file"], entry["function"], change): entry["reason"]
+        f"{entry['file']} {entry['function']}: {change}": str(entry["reason"])
         for entry in listed["equivalent"]
         for change in entry["changes"]
     }
 
-    def reason(fault: Fault) -> str | None:
+    def reason(name: str) -> str | None:
         for rule in listed["rule"]:
-            before, after = (re.sub(rule["without"], "", side) for side in fault.change.split(" -> ", 1))
+            before, after = (re.sub(rule["without"], "", side) for side in name.split(": ", 1)[1].split(" -> ", 1))
             if before == after:
                 return str(rule["reason"])
-        return reasons.get((fault.file, fault.function, fault.change))
+        return reasons.get(name)
 
     return reason
 
 
 def table() -> str:
     """Return what the last runs of all parts found, a row a part."""
+    harmless = equivalents()
     rows = [
         "| part | tried | noticed | equivalent | left | noticed, of those that are no equivalents |",
         "| --- " * 6 + "|",
@@ -341,7 +342,9 @@ def table() -> str:
     for part, path in [*parts, ("all", None)]:
         if path is not None:
             verdicts = [json.loads(line) for line in path.read_text().splitlines()]
-            found = Counter(v["verdict"].replace("too slow", "noticed") for v in verdicts)
+            found = Counter(
+                "equivalent" if harmless(v["name"]) else v["verdict"].replace("too slow", "noticed") for v in verdicts
+            )
             total += found
         else:
             found = total
@@ -359,6 +362,7 @@ def run(part: dict[str, list[str]], results: Path, size: int | None, options: ar
         sorted({str(path.relative_to(ROOT)) for pattern in part[kind] for path in ROOT.glob(pattern)})
         for kind in ("sources", "tests")
     )
+    tests = options.tests or tests
     drawn = [fault for source in sources for fault in sample(source, size, options.seed)]
     found: dict[str, dict[str, str]] = {}
     if options.again:
@@ -367,7 +371,7 @@ def run(part: dict[str, list[str]], results: Path, size: int | None, options: ar
         found = {verdict["name"]: verdict for verdict in verdicts if verdict["name"] in names}
     harmless, faults = equivalents(), []
     for fault in drawn:
-        if reason := harmless(fault):
+        if reason := harmless(fault.name):
             found[fault.name] = {"name": fault.name, "verdict": "equivalent", "by": reason}
         elif found.get(fault.name, {}).get("verdict", "left") == "left":
             faults.append(fault)
@@ -398,6 +402,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=20, help="of tests for each fault, at most")
     parser.add_argument("--again", action="store_true", help="try only what the last run left or did not try")
+    parser.add_argument("--tests", nargs="+", help="files to take in place of the part's")
     parser.add_argument("--table", action="store_true", help="only print what the runs so far found")
     options = parser.parse_args()
     size = None if options.sample == "all" else int(options.sample)
