@@ -12,11 +12,10 @@ from record import write
 from steps import cure, standard
 from timing import medians, peak_mib
 from torch import Tensor, nn
-from torch.nn import functional as F
 from workloads import DEVICE, Workload
 
-from fastcure import layers, models
-from fastcure.convolution import Geometry
+from fastcure import models
+from fastcure.rules.double_backward import RULES
 
 WORKLOADS = (
     [Workload("resnet8", 128), Workload("resnet18", 16)]
@@ -26,31 +25,14 @@ WORKLOADS = (
 ROWS: list[dict[str, object]] = []
 
 
-def torchs_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Convolve with torch's own rules."""
-    return F.conv2d(x, weight, bias, *geometry)
-
-
 @contextmanager
-def torchs_rules() -> Iterator[None]:
-    """Give the eager engine torch's own double backward of convolutions."""
-    ours = layers.convolve
-    layers.convolve = torchs_convolution
+def torchs(*operators: str) -> Iterator[None]:
+    """Give operators torch's own double backward."""
+    ours = {operator: RULES.pop(operator) for operator in operators}
     try:
         yield
     finally:
-        layers.convolve = ours
-
-
-@contextmanager
-def torchs_batch_norm() -> Iterator[None]:
-    """Give the eager engine torch's own double backward of batch norms in training mode."""
-    ours = layers.is_ordinary
-    layers.is_ordinary = lambda norm, x: False
-    try:
-        yield
-    finally:
-        layers.is_ordinary = ours
+        RULES.update(ours)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
@@ -61,11 +43,11 @@ def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
     eager, oracle, train = cure("eager"), cure("reference"), cure("eager", "train")
 
     def without_rules(model: nn.Module, x: Tensor, y: Tensor) -> None:
-        with torchs_rules():
+        with torchs("convolution"):
             eager(model, x, y)
 
     def train_without_rule(model: nn.Module, x: Tensor, y: Tensor) -> None:
-        with torchs_batch_norm():
+        with torchs("batch_norm"):
             train(model, x, y)
 
     def work(step: Callable[[nn.Module, Tensor, Tensor], None], model: nn.Module, x: Tensor) -> None:

@@ -1,16 +1,13 @@
-"""A model's convolutions and batch norms, computed in cheaper ways of the same value while the penalty is evaluated.
+"""A model's batch norms, folded into the layers before them while the penalty is evaluated.
 
 In evaluation mode a batch norm is an affine map of each channel, `s x + t` with `s = weight / sqrt(var + eps)` and
-`t = bias - s mean`. Written so, its double backward is a few products instead of a dozen passes; and since
-`s (W * x) + t = (s W) * x + t`, one that alone follows a convolution is folded into it, and costs a product of the size
-of the weights. Gradients reach the weight of the convolution and the weight and bias of the batch norm as before.
-Convolutions take the rules of `fastcure.convolution`. Where it runs as a kernel of ours, the sum of what they return,
-the bias of the fold and a shortcut is left pending until the ReLU behind it takes it in one pass (`fastcure.pending`).
-
-By the batch's own statistics a batch norm takes the rule of `fastcure.batch_norm`.
+`t = bias - s mean`. Since `s (W * x) + t = (s W) * x + t`, one that alone follows a convolution is folded into it, and
+costs a product of the size of the weights. Gradients reach the weight of the convolution and the weight and bias of the
+batch norm as before. Where it runs as a kernel of ours, the sum of what the convolution returns, the bias of the fold
+and a shortcut is left pending until the ReLU behind it takes it in one pass (`fastcure.pending`).
 
 A module is left alone if it is of a subclass, has hooks or parametrisations, or a `forward` of its own; and while it
-runs inside a transform of torch.func (a model may use vmap), which these rules do not know.
+runs inside a transform of torch.func (a model may use vmap), which folding does not know.
 """
 
 from __future__ import annotations
@@ -27,16 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastcure.batch_norm import is_ordinary, normalise
 from fastcure.checks import inside_transform
-from fastcure.convolution import Geometry, convolve
 from fastcure.one_thread import one_thread
 from fastcure.pending import Pending
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 METHODS = frozenset(("forward", "_conv_forward", "_check_input_dim"))
 """Those that a module may have of its own, in place of its class's."""
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -66,7 +60,7 @@ FOLDS: WeakKeyDictionary[nn.Module, list[WeakFold]] = WeakKeyDictionary()
 """What `fastcure.prepare` found in each model that was given to it."""
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
-KINDS: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS, *INSTANCE_NORMS)
+KINDS: tuple[type[nn.Module], ...] = (*LAYERS, *NORMS)
 FORWARDS = {kind: kind.forward for kind in KINDS}
 """torch's own; a class whose `forward` was exchanged since computes something else."""
 
@@ -123,29 +117,21 @@ class Watch:
 
 
 @contextmanager
-def cheaper_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch: Watch | None = None) -> Iterator[None]:
-    """Compute the layers of `model`, batch norms apart in evaluation mode, as this file says.
+def folded_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch: Watch | None = None) -> Iterator[None]:
+    """Compute each pair of a layer and its batch norm in evaluation mode as one layer.
 
     Args:
         model: the network.
-        folds: pairs to compute as one; those of `folds_of(model)` if None.
+        folds: the pairs; those of `folds_of(model)` if None.
         watch: is told what takes their outputs.
 
     Raises:
         UsedElsewhereError: within, if a folded layer's output goes anywhere but to its batch norm.
         RuntimeError: if another thread uses the model in such a way now.
     """
-    folded = {fold.layer: fold for fold in (folds_of(model) if folds is None else folds)}
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-    for module in model.modules():
-        if module in folded:
-            forwards[module] = _folded(folded[module], watch)
-        elif type(module) in CONVOLUTIONS and plain(module):
-            forwards[module] = _convolution(module)
-        elif type(module) in NORMS and (has_statistics(module) or module.training) and plain(module):
-            forwards[module] = _batch_norm(module)
-        elif type(module) in INSTANCE_NORMS and plain(module):
-            forwards[module] = _instance(module)
+    for fold in folds_of(model) if folds is None else folds:
+        forwards[fold.layer], forwards[fold.norm] = _folded(fold, watch), _taken_out(fold.norm)
     with one_thread(model):
         try:
             for module, forward in forwards.items():
@@ -205,65 +191,19 @@ def channel_map_of(
 
 
 def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
-    padding = layer.padding
-    if layer.padding_mode != "zeros" or isinstance(padding, str):
-        return layer._conv_forward(x, weight, bias)
-    if x.dim() != weight.dim() or weight.is_complex() or inside_transform():  # or no batch dimension
-        return layer._conv_forward(x, weight, bias)
-    return convolve(x, weight, bias, Geometry([*layer.stride], [*padding], [*layer.dilation], layer.groups))
+    return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
 
 
 # The argument of a layer's `forward` is called `input`: a model may give it by that name.
 
 
-def _convolution(layer: Any) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:  # noqa: A002
-        return _apply(layer, input, layer.weight, layer.bias)
-
-    return forward
-
-
-def _batch_norm(norm: Any) -> Callable[[Tensor], Tensor]:
+def _taken_out(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     original = type(norm).forward
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         if isinstance(input, Output) and input.fold.norm is norm and not norm.training:
             return input.value
-        if inside_transform():
-            return original(norm, input)
-        if norm.training or not has_statistics(norm):
-            return normalise(norm, input) if is_ordinary(norm, input) else original(norm, input)
-        s, t = channel_map(norm)
-        norm._check_input_dim(input)
-        if input.shape[1] != len(s):  # torch says what is wrong, where broadcasting would not
-            return original(norm, input)
-        if input.dtype != s.dtype:  # under autocast the library's batch norm computes in the wider type
-            return original(norm, input)
-        shape = (-1, *[1] * (input.dim() - 2))
-        return torch.addcmul(t.reshape(shape), input, s.reshape(shape))
-
-    return forward
-
-
-def _instance(norm: Any) -> Callable[[Tensor], Tensor]:
-    """One image by plain operators: channels last, torch's double backward of it is wrong (torch 2.13, CPU)."""
-    original, by_statistics = type(norm).forward, _batch_norm(norm)
-
-    def forward(input: Tensor) -> Tensor:  # noqa: A002
-        wide = input.dtype in (torch.float32, torch.float64)
-        if input.dim() != norm._get_no_batch_dim() + 1 or len(input) != 1 or not wide or inside_transform():
-            return original(norm, input)
-        if has_statistics(norm):
-            return original(norm, input) if norm.training else by_statistics(input)
-        pixels = [*range(2, input.dim())]
-        centred = input - input.mean(pixels, keepdim=True)
-        out = centred * torch.rsqrt(centred.square().mean(pixels, keepdim=True) + norm.eps)
-        if norm.weight is None:
-            return out
-        shape = (-1, *[1] * len(pixels))
-        return torch.addcmul(norm.bias.reshape(shape), out, norm.weight.reshape(shape))
+        return original(norm, input)
 
     return forward
 

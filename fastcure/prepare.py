@@ -21,7 +21,7 @@ from fastcure.layers import (
     UsedElsewhereError,
     Watch,
     WeakFold,
-    cheaper_layers,
+    folded_layers,
     has_statistics,
     plain,
 )
@@ -104,7 +104,7 @@ def _used_elsewhere(model: nn.Module, x: Tensor, folds: list[Fold]) -> set[nn.Mo
     """Fold for one run; return layers whose output goes anywhere but to the batch norm, or is kept after the run."""
     watch = Watch()
     try:
-        with cheaper_layers(model, folds, watch=watch):
+        with folded_layers(model, folds, watch=watch):
             _run(model, x)
     except UsedElsewhereError as error:
         return {error.layer}
@@ -141,7 +141,7 @@ def fuse(model: nn.Module, x: Tensor, folds: list[Fold]) -> Fusion:
     while True:
         folds = [fold._replace(fused=fold.norm not in others) for fold in folds]
         watch, relus = Watch(), ReLUs()
-        with suppress(OverwrittenError), relus, cheaper_layers(model, folds, watch=watch):
+        with suppress(OverwrittenError), relus, folded_layers(model, folds, watch=watch):
             _run(model, x)
         found = _not_for_relus(watch)
         if not found:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from fastcure.checks import check_batch, check_labels, check_positive
 from fastcure.first_pass import look_before_measure, takes_logits
-from fastcure.layers import cheaper_layers
+from fastcure.layers import folded_layers
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
 from fastcure.one_thread import one_thread
-from fastcure.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
+from fastcure.rules import double_backward
+from fastcure.second_derivatives import Twice, missing_derivatives
 
 Method = Literal["exact", "finite"]
 Progress = Callable[[Iterable[slice]], Iterable[slice]]
@@ -112,7 +113,7 @@ class Products:
 @contextmanager
 def _second_derivatives(model: nn.Module) -> Iterator[None]:
     # torch's rule for a convolution pays for its weight, wanted or not.
-    with PLAIN_ATTENTION, cheaper_layers(model), missing_derivatives():
+    with folded_layers(model), double_backward(), missing_derivatives():
         yield
 
 

@@ -16,7 +16,7 @@ from fastcure.attacks.replay import REPLAYED
 from fastcure.checks import Bounds, check_batch, check_labels, check_pixels, check_positive
 from fastcure.first_pass import look_before_attack, takes_logits
 from fastcure.inference import outside_inference_mode
-from fastcure.layers import cheaper_layers
+from fastcure.layers import folded_layers
 from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
 from fastcure.recorder import CudaRecorder
 
@@ -127,7 +127,7 @@ def pgd(
 
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with evaluation_mode(model, loss_fn), cheaper_layers(model):
+    with evaluation_mode(model, loss_fn), folded_layers(model):
         advance: Callable[[Tensor], Tensor] = partial(one_step, objective, x=x, y=y, step=step, eps=eps)
         if cuda_graph:
             advance = REPLAYED.of(objective, one_step, (norm, bounds), x, y, step, eps)

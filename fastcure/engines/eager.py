@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
 from fastcure.engines.protocol import Evaluation
-from fastcure.layers import cheaper_layers
+from fastcure.layers import folded_layers
 from fastcure.objective import Objective, input_gradient
+from fastcure.rules import double_backward
 from fastcure.second_derivatives import Twice
 
 
@@ -30,7 +31,7 @@ class Eager(GraphEngine):
     ) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
         run = Twice(objective) if differentiable else objective
-        with cheaper_layers(objective.model), twice_differentiable():
+        with folded_layers(objective.model), double_backward(), twice_differentiable():
             point = x.detach().requires_grad_()
             logits, loss = run(point, y)
             g = input_gradient(loss, point, create_graph=differentiable)

@@ -1,6 +1,6 @@
 """Graph passes of the compile engine: what torch's rules and inductor would make slow, written otherwise.
 
-Weight gradients. The compiled counterpart of `fastcure.convolution`: torch's double backward of a convolution computes
+Weight gradients. The compiled counterpart of `fastcure.rules.convolution`: torch's double backward of a convolution is
 
     gW[co, ci, k] = sum over n, o of v[n, ci, stride o + dilation k - padding] g[n, co, o]
 

@@ -40,7 +40,8 @@ def batch_norm(
 ) -> Tensor:
     """Normalise `x` `(B, C, ...)`; differentiable to any order in x, weight and bias."""
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype  # that of statistics
-    if any(t is not None and t.dtype != wide for t in (weight, bias, mean, var)) or not x.numel():
+    given = [t for t in (weight, bias, mean, var) if t is not None]
+    if x.dim() < 2 or not x.numel() or any(t.dtype != wide or t.shape != x.shape[1:2] for t in given):
         return NotImplemented
     if training:
         return _BatchNorm.apply(x, weight, bias, mean, var, momentum, eps)

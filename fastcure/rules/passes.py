@@ -31,8 +31,8 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     Activation checkpointing that recomputes outside of the context would put the tensors of torch's operator in their
     places. With the odd one it raises torch's CheckpointError instead.
     """
-    like = next(tensor for tensor in tensors if tensor is not None)
-    ctx.save_for_backward(like.new_empty(0, dtype=torch.bool), *tensors)
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    ctx.save_for_backward(torch.empty(0, dtype=torch.bool, device=device), *tensors)
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:

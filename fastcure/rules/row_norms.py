@@ -28,37 +28,35 @@ def layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise over the last dimensions, those of `shape`; differentiable to any order in x, weight and bias."""
-    if not _known(x, weight, bias):
+    if not x.numel():
         return NotImplemented
-    rows = x.reshape(-1, math.prod(shape))
-    xh, m, r = _Standardise.apply(rows, eps)
+    xh, m, r = _Standardise.apply(_wide(x).reshape(-1, math.prod(shape)), eps)
     statistics = [*x.shape[: x.dim() - len(shape)], *[1] * len(shape)]
-    return _affine(xh.view(x.shape), weight, bias), m.view(statistics), r.view(statistics)
+    return _affine(xh.view(x.shape), weight, bias).to(x.dtype), m.view(statistics), r.view(statistics)
 
 
 def group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise `x` `(n, c, ...)`, `hw` pixels each, over groups of channels."""
-    if not _known(x, weight, bias):
+    if not x.numel():
         return NotImplemented
-    xh, m, r = _Standardise.apply(x.reshape(n * groups, -1), eps)
+    xh, m, r = _Standardise.apply(_wide(x).reshape(n * groups, -1), eps)
     channels = [None if t is None else t.view(-1, *[1] * (x.dim() - 2)) for t in (weight, bias)]
-    return _affine(xh.view(x.shape), *channels), m.view(n, groups), r.view(n, groups)
+    return _affine(xh.view(x.shape), *channels).to(x.dtype), m.view(n, groups), r.view(n, groups)
 
 
 RULES = {"native_layer_norm": layer_norm, "native_group_norm": group_norm}
 
 
-def _known(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    same = all(t is None or t.dtype == x.dtype for t in (weight, bias))
-    return same and x.dtype in (torch.float32, torch.float64) and bool(x.numel())
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _affine(xh: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is None:
         return xh if bias is None else xh + bias
-    return xh * weight if bias is None else torch.addcmul(bias, xh, weight)
+    return xh * weight if bias is None else torch.addcmul(_wide(bias), xh, _wide(weight))
 
 
 class _Standardise(torch.autograd.Function):

@@ -11,11 +11,19 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcure import curvature
-from fastcure.convolution import Geometry, convolve
+from fastcure import curvature, double_backward
 from fastcure.flops import FlopCounter
 
 TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input, one number a spatial dimension."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
 
 
 class Shape(NamedTuple):
@@ -60,7 +68,11 @@ def tensors(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def ours(geometry: Geometry) -> Callable[..., Tensor]:
-    return lambda x, w, b=None: convolve(x, w, b, geometry)
+    def convolution(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        with double_backward():
+            return torchs(geometry)(x, w, b)
+
+    return convolution
 
 
 def torchs(geometry: Geometry) -> Callable[..., Tensor]:
@@ -145,12 +157,15 @@ def test_without_a_record_nothing_is_kept() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch loads its forward-mode rules by it
-def test_forward_mode_is_refused_and_not_zero() -> None:
+def test_forward_mode_is_that_of_torch() -> None:
     x, w, b = (t.detach() for t in tensors(SHAPES["2d"]))
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="jvp"):
-            ours(SHAPES["2d"].geometry)(dual, w, b)
+        dual = torch.autograd.forward_ad.make_dual(x, torch.rand_like(x))
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(run(SHAPES["2d"].geometry)(dual, w, b)).tangent
+            for run in (ours, torchs)
+        ]
+    assert torch.equal(*tangents)
 
 
 # What it costs: which gradients are computed, the kernels' sizes, the operations

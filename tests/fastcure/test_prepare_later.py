@@ -155,7 +155,7 @@ def test_explain_before_and_after() -> None:
     assert lines[1:] == ["batch norms folded: 0 of 2; fastcure.prepare(model, x) has not been called"]
     reason = "  2 not: its input is not the output of a plain convolution or linear layer that runs once"
     relus = ["ReLUs that can take the sum before them in one pass, on a GPU: 0 of 0"]
-    relus += ["  not that of 1: addcmul takes its output"]
+    relus += ["  not that of 1: batch_norm takes its output"]
     assert of_norms(explain(case.model, case.x)) == [*lines[1:], reason, *relus]
     assert case.model not in FOLDS
     prepare(case.model, case.x)
