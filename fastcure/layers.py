@@ -13,7 +13,7 @@ runs inside a transform of torch.func (a model may use vmap), which folding does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -132,7 +132,7 @@ def folded_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch: 
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for fold in folds_of(model) if folds is None else folds:
         forwards[fold.layer], forwards[fold.norm] = _folded(fold, watch), _taken_out(fold.norm)
-    with one_thread(model):
+    with one_thread(model) if forwards else nullcontext():
         try:
             for module, forward in forwards.items():
                 module.forward = forward

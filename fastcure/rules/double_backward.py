@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ Rule = Callable[..., Any]
 
 FILES = (attention, batch_norm, convolution, hard_activations, row_norms)
 RULES: dict[str, Rule] = {operator: rule for file in FILES for operator, rule in file.RULES.items()}
-KEYS = ("AutogradCPU", "AutogradCUDA")
+KEYS = ("AutogradCPU", "AutogradCUDA") if torch.backends.cuda.is_built() else ("AutogradCPU",)
 
 
 @contextmanager
@@ -89,8 +90,7 @@ def _install() -> None:
             _library = torch.library.Library("aten", "IMPL")
             for operator, rule in RULES.items():
                 for key in KEYS:
-                    original = torch.library.get_kernel(f"aten::{operator}", key)
-                    _library.impl(operator, _kernel(rule, original), key, with_keyset=True)
+                    _library.impl(operator, _kernel(rule, _original(operator, key)), key, with_keyset=True)
         _open += 1
 
 
@@ -101,6 +101,11 @@ def _remove() -> None:
         _open -= 1
         if not _open:
             _library = None
+
+
+@cache
+def _original(operator: str, key: str) -> Any:
+    return torch.library.get_kernel(f"aten::{operator}", key)
 
 
 def _kernel(rule: Rule, original: Any) -> Callable[..., Any]:
