@@ -141,4 +141,6 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return `q`, `sum(w xh)` and `sum(w)`, each if wanted."""
     weight = torch.ones_like(m) if weight is None else weight  # without one torch has no sums on a GPU
+    if len(x) == 1:  # in channels_last the stride of the batch is arbitrary, and torch 2.13 then reads other values
+        w, x = w.contiguous(), x.contiguous()
     return torch.ops.aten.native_batch_norm_backward(w, x, weight, None, None, m, r, True, eps, wanted)

@@ -199,6 +199,16 @@ def test_models_are_differentiated_as_by_torch(name: str) -> None:
         torch.testing.assert_close(buffer, wanted)
 
 
+def test_one_image_in_channels_last() -> None:
+    """Where torch 2.13 is wrong itself, against the same image in the other layout and twice."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Tanh()).double()
+    x = torch.rand(1, 3, 6, 6, dtype=torch.float64)
+    truth = [g / 2 for g in penalty_gradients(copy.deepcopy(model), torch.cat([x, x]), nullcontext)]
+    model.to(memory_format=torch.channels_last)
+    found = penalty_gradients(model, x.contiguous(memory_format=torch.channels_last))
+    assert relative(found, truth) < 1e-12
+
+
 def test_the_inside_of_attention_has_a_second_derivative() -> None:
     model, x = Attention().double(), torch.rand(2, 3, 8, dtype=torch.float64)
     found = penalty_gradients(copy.deepcopy(model), x)
