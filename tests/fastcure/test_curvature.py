@@ -20,6 +20,7 @@ def gradients(case: Case, **options: object) -> tuple[Tensor, Tensor, list[Tenso
     return out.loss, out.penalty, list(torch.autograd.grad(total, list(case.model.parameters())))
 
 
+@pytest.mark.filterwarnings("ignore:batch_stats=.* leaves batch norms as their flags say:UserWarning")
 @every_network
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
@@ -115,6 +116,7 @@ def test_split_takes_the_loss_from_one_ordinary_forward() -> None:
     torch.testing.assert_close(out.penalty, curvature(*twin).penalty)
 
 
+@pytest.mark.filterwarnings("ignore:batch_stats=.* leaves batch norms as their flags say:UserWarning")
 @pytest.mark.parametrize("batch_stats", ["split", "train"])
 def test_all_agree_in_evaluation_mode(batch_stats: str) -> None:
     case = make(NETWORKS["batch_norm-relu-max"], 6, seed=2)
