@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 # triton's interpreter; then, where there is a GPU, on it.
 test: lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not gpu"
-	$(BIN)/python -m pytest -m gpu --durations=0 -rfE
+	$(BIN)/python -m pytest -m gpu -rfE
 
 # Random cases, other ones each time: FUZZ times as many as in `make test`. FUZZ_SEED repeats them.
 fuzz: $(VENV)/installed

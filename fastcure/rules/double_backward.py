@@ -86,7 +86,7 @@ def _install() -> None:
     """Put the rules at their key: once for all threads, each of which asks `_depth` whether they apply to it."""
     global _open, _library
     with _lock:
-        if not _open:
+        if _library is None:
             _library = torch.library.Library("aten", "IMPL")
             for operator, rule in RULES.items():
                 for key in KEYS:
@@ -95,11 +95,14 @@ def _install() -> None:
 
 
 def _remove() -> None:
-    """Take the rules away with the last context: calls elsewhere would pay for the way through Python."""
+    """Take the rules away with the last context: calls elsewhere would pay for the way through Python.
+
+    Where there are other threads they stay: one of them may be in a kernel, which must not go under its feet.
+    """
     global _open, _library
     with _lock:
         _open -= 1
-        if not _open:
+        if not _open and threading.active_count() == 1:
             _library = None
 
 
