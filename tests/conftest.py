@@ -19,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the tests of a GPU run without the plugin that sets deadlines, on a machine where little is installed."""
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take, with pytest-timeout")
+    if pytest.version_tuple < (9,):
+        parser.addini("faulthandler_exit_on_timeout", "whether to end there, with pytest 9")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
