@@ -294,7 +294,6 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=200)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 @pytest.mark.parametrize(
     ("command", "status", "error"),
     [
