@@ -1,4 +1,4 @@
-"""PGD-10 against torchattacks and foolbox, on the same network and batch in one run.
+"""PGD-10 against plain torch code, torchattacks and foolbox, on the same network and batch in one run.
 
 The peers: `pip install foolbox` and `pip install --no-deps torchattacks`; one that is not installed is left out, and
 said to be. An attack that leaves its ball, or raises the loss by another amount than ours (by more than the fraction
@@ -28,10 +28,21 @@ WORKLOADS = CPU[:2] if DEVICE.type == "cpu" else [Workload("resnet18", batch) fo
 ROWS: list[dict[str, object]] = []
 
 
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """PGD as a tutorial writes it."""
+    adv = x.clone()
+    for _ in range(STEPS):
+        adv.requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
+        adv = adv.detach() + STEP * g.sign()
+        adv = (x + (adv - x).clamp(-EPS, EPS)).clamp(0, 1)
+    return adv
+
+
 def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The attack of each library at equal settings, from the image itself: all three compute the same."""
+    """The attack of each library at equal settings, from the image itself: all compute the same."""
     ours = partial(pgd, model, x, y, EPS, STEP, STEPS, random_start=False)
-    attacks: dict[str, Callable[[], Tensor]] = {"fastcure": ours}
+    attacks: dict[str, Callable[[], Tensor]] = {"fastcure": ours, "plain torch": partial(plain, model, x, y)}
     if DEVICE.type == "cuda":
         attacks["fastcure, cuda_graph"] = partial(ours, cuda_graph=True)
     if find_spec("torchattacks"):

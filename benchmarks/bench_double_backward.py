@@ -17,7 +17,11 @@ from workloads import DEVICE, Workload, without_tf32
 
 from fastcure import double_backward
 
-SIZES = {"resnet8": 128, "resnet18": 16, "convnet": 32, "vit": 32}
+SIZES = (
+    {"resnet8": 128, "resnet18": 16, "convnet": 32, "vit": 32}
+    if DEVICE.type == "cpu"
+    else {"resnet8": 512, "resnet18": 128, "convnet": 128, "vit": 128}
+)
 MODES = [(name, training) for name in SIZES for training in (False, True) if name.startswith("resnet") or not training]
 ROWS: list[dict[str, object]] = []
 Context = Callable[[], AbstractContextManager[object]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 
 from fastcure.writing import csv_bytes, write_whole
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 def context(device: torch.device) -> dict[str, Any]:
     """Return device, versions and commit."""
-    git = ["git", "-C", str(FOLDER.parent)]
+    git = ["git", "-C", str(Path(__file__).parent)]
     commit, changed = (
         subprocess.run([*git, *arguments], capture_output=True, text=True, check=False).stdout.strip()
         # Rows are written as they come: a change to them alone is none of the code.
@@ -31,7 +32,8 @@ def context(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": f"{commit or 'unknown'}{'-dirty' * bool(changed)}",
+        # A copy of the tree without its history is told its commit.
+        "commit": f"{commit or os.environ.get('BENCH_COMMIT', 'unknown')}{'-dirty' * bool(changed)}",
     }
 
 
@@ -49,7 +51,7 @@ def write(name: str, rows: list[dict[str, Any]], device: torch.device, by: str |
     With `by`, the column of what took turns in one measurement, the older rows of other measurements stay: of those
     that differ in a column before it.
     """
-    FOLDER.mkdir(exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.csv"
     rows = [{**row, **context(device)} for row in rows]
     columns = list(rows[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,19 +25,22 @@ class Workload(NamedTuple):
     batch: int
     amp: torch.dtype = torch.float32
     channels_last: bool = True
+    size: int = 32
+    """Pixels a side."""
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.model}, batch {self.batch}, {str(self.amp).removeprefix('torch.')}, {layout}"
+        side = f", {self.size} pixels" * (self.size != 32)
+        return f"{self.model}, batch {self.batch}, {str(self.amp).removeprefix('torch.')}, {layout}{side}"
 
-    def build(self) -> tuple[nn.Module, Tensor, Tensor]:
-        """A network with initial weights, prepared, and a batch of noise, which cost what any others do."""
+    def build(self, prepared: bool = True) -> tuple[nn.Module, Tensor, Tensor]:
+        """A network with initial weights, prepared or not, and a batch of noise, which cost what any others do."""
         torch.manual_seed(0)
         form = torch.channels_last if self.channels_last else torch.contiguous_format
-        model = ViT() if self.model == "vit" else models.build(self.model)
-        model = model.to(DEVICE).to(memory_format=form)  # type: ignore[call-overload]
-        x = torch.rand(self.batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=form)
-        prepare(model, x)
+        model = network(self.model).to(DEVICE).to(memory_format=form)  # type: ignore[call-overload]
+        x = torch.rand(self.batch, 3, self.size, self.size, device=DEVICE).contiguous(memory_format=form)
+        if prepared:
+            prepare(model, x)
         return model, x, torch.arange(self.batch, device=DEVICE) % 10
 
     @contextmanager
@@ -43,6 +48,17 @@ class Workload(NamedTuple):
         """Autocast, where the dtype is not float32; convolutions in TF32, as torch has them by default."""
         with torch.autocast(DEVICE.type, self.amp, enabled=self.amp != torch.float32):
             yield
+
+
+def network(name: str) -> nn.Module:
+    """The network called `name`: one of the package's, "vit", or "resnet50", which is torchvision's."""
+    if name == "vit":
+        return ViT()
+    if name == "resnet50":
+        from torchvision.models import resnet50
+
+        return resnet50(num_classes=10)
+    return models.build(name)
 
 
 @contextmanager
@@ -67,6 +83,8 @@ CUDA = [
     for batch in batches
     for amp in (torch.float32, torch.bfloat16)
 ]
+if find_spec("torchvision"):
+    CUDA += [Workload("resnet50", 32, amp, size=224) for amp in (torch.float32, torch.bfloat16)]
 WORKLOADS = CPU if DEVICE.type == "cpu" else CUDA
 
 
@@ -107,5 +125,9 @@ class Block(nn.Module):
 
 
 def rounds_for(seconds: float, budget: float = 30.0) -> int:
-    """How many rounds of `seconds` to run within `budget` seconds: at least 5, at most 50, an odd number."""
+    """How many rounds of `seconds` to run within `budget` seconds: at least 5, at most 50, an odd number.
+
+    The environment variable BENCH_SECONDS is a smaller budget, for a machine that is there for minutes only.
+    """
+    budget = min(budget, float(os.environ.get("BENCH_SECONDS", budget)))
     return 2 * (min(50, max(5, math.floor(budget / max(seconds, 1e-6)))) // 2) + 1
