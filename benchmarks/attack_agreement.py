@@ -25,11 +25,11 @@ from record import write
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure.accuracy import accuracy
 from fastcure.attacks import fgsm, pgd
 from fastcure.data import load, stratified
+from fastcure.evaluation.accuracy import accuracy
 from fastcure.evaluation.settings import make_evaluation_settings
-from fastcure.outside import load_model
+from fastcure.models.loading import load_model
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 L2_EPS = (0.5, 1.0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workloads import DEVICE, Workload
 
 from fastcure import models
-from fastcure.rules.double_backward import RULES
+from fastcure.rules.context import RULES
 
 WORKLOADS = (
     [Workload("resnet8", 128), Workload("resnet18", 16)]

@@ -19,8 +19,8 @@ from workloads import DEVICE, WORKLOADS, Workload, without_tf32
 
 from fastcure import curvature, engines
 from fastcure.engines.auto import Auto
-from fastcure.engines.compiled import Compile
-from fastcure.flops import FlopCounter
+from fastcure.engines.compile import Compile
+from fastcure.profiling.flops import FlopCounter
 
 ROWS: list[dict[str, object]] = []
 ENGINES = ["eager", "compile", *(["cuda_graph"] if DEVICE.type == "cuda" else [])]

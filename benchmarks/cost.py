@@ -18,9 +18,9 @@ from steps import STEPS, Step, cure  # noqa: E402
 from torch import nn  # noqa: E402
 
 from fastcure import prepare  # noqa: E402
-from fastcure.flops import FlopCounter  # noqa: E402
 from fastcure.models import resnet18  # noqa: E402
-from fastcure.traffic import TrafficCounter  # noqa: E402
+from fastcure.profiling.flops import FlopCounter  # noqa: E402
+from fastcure.profiling.traffic import TrafficCounter  # noqa: E402
 
 
 def megabytes(step: Step, model: nn.Module) -> float:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE
+from fastcure._functional import Objective, cross_entropy, evaluation_mode
 from fastcure.attacks import pgd
 from fastcure.engines import ENGINES
-from fastcure.objective import Objective, cross_entropy, evaluation_mode
 
 RS_STEP = 1.25
 """Step of FGSM with a random start, in eps (Wong et al., ICLR 2020)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 from record import FOLDER
 
-from fastcure.writing import write_whole
+from fastcure._writing import write_whole
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastcure.writing import csv_bytes, write_whole
+from fastcure._writing import csv_bytes, write_whole
 
 FOLDER = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 

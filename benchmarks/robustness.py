@@ -32,7 +32,7 @@ from robustness_run import Run, Setting
 from robustness_summary import summary
 from robustness_table import KEY, MAY_DIFFER, Row, Table
 
-from fastcure.writing import write_whole
+from fastcure._writing import write_whole
 
 GAMMAS = {
     "CURE frozen": (1.0, 0.3, 3.0),

@@ -10,7 +10,7 @@ from pathlib import Path
 from robustness_summary import alike, chosen, setting_of, title
 from robustness_table import Row
 
-from fastcure.writing import write_whole
+from fastcure._writing import write_whole
 
 COLOURS = {
     "-": ["#D55E00", "#E69F00", "#CC79A7", "#882255", "#000000"],

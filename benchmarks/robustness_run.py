@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastcure import eps_to_h, prepare
+from fastcure._functional import LossFn, cross_entropy, evaluation_mode
+from fastcure._writing import write_whole
 from fastcure.analysis import curvature_along_gradient, frobenius_norm
 from fastcure.attacks import autoattack, margin_loss, pgd
-from fastcure.checklist import masking_checklist
 from fastcure.data import Loader
-from fastcure.flops import FlopCounter
+from fastcure.evaluation.checklist import masking_checklist
 from fastcure.models import MODELS, resnet8
-from fastcure.objective import LossFn, cross_entropy, evaluation_mode
+from fastcure.profiling.flops import FlopCounter
 from fastcure.training.schedule import parse_schedule
-from fastcure.writing import write_whole
 
 Columns = dict[str, Any]
 RESTARTS, FOLLOWED, MEASURED = 5, 128, 200

@@ -8,7 +8,7 @@ from pathlib import Path
 from methods import Recipe
 from robustness_run import Setting
 
-from fastcure.writing import csv_bytes, write_whole
+from fastcure._writing import csv_bytes, write_whole
 
 Row = dict[str, str]
 

@@ -9,16 +9,16 @@ cure(x, y).total.backward()
 from importlib import import_module
 from types import ModuleType
 
-from fastcure.cure import CURE, CUREOutput
-from fastcure.curvature import Curvature, curvature
-from fastcure.explain import explain
-from fastcure.prepare import prepare
+from fastcure._curvature import Curvature, curvature
+from fastcure._explain import explain
+from fastcure._folding.prepare import prepare
+from fastcure.objectives.cure import CURE, CUREOutput
 from fastcure.rules import double_backward
 from fastcure.units import eps_to_h, h_to_eps
 
 __version__ = "0.1.0"
 
-_MODULES = ("analysis", "attacks", "checklist", "data", "models", "training")
+_MODULES = ("analysis", "attacks", "data", "evaluation", "models", "objectives", "profiling", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

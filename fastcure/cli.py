@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from fastcure.extras import need
-from fastcure.fields import shortened
+from fastcure._extras import need
+from fastcure._fields import shortened
 
 EPILOG = """
 schedules: a number; 4x10,8x5,12x5 (10 epochs at 4, then 5 at 8, then 5 at 12); 0:4x30%,4 (from 0 to 4 in the
@@ -254,7 +254,7 @@ def _report(arguments: dict[str, Any]) -> int:
 def _env(_: dict[str, Any]) -> int:
     import torch
 
-    from fastcure.environment import environment, pick_device
+    from fastcure._environment import environment, pick_device
 
     for name, value in environment(pick_device("auto")).items():
         print(f"{name}: {value}")

@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcure._functional import LossFn, cross_entropy, evaluation_mode, find_logits, unwrap
+from fastcure._inference import outside_inference_mode
+from fastcure._validation import check_classes, check_labels
 from fastcure.analysis.lanczos import extremes
 from fastcure.analysis.products import Products, Progress, by_samples, check_measurement
-from fastcure.attacks.arguments import hard_labels
-from fastcure.checks import check_classes, check_labels
-from fastcure.inference import outside_inference_mode
-from fastcure.objective import LossFn, cross_entropy, evaluation_mode, find_logits, unwrap
+from fastcure.attacks._arguments import hard_labels
 
 
 class Bounds(NamedTuple):

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure.accuracy import accuracy, batches, right
+from fastcure._inference import outside_inference_mode
+from fastcure._validation import Bounds, check_images, check_labels, check_pixels
 from fastcure.attacks import pgd
-from fastcure.attacks.arguments import check_bounds
-from fastcure.attacks.gradient import Norm
-from fastcure.checks import Bounds, check_images, check_labels, check_pixels
-from fastcure.inference import outside_inference_mode
+from fastcure.attacks._arguments import check_bounds
+from fastcure.attacks._gradient import Norm
+from fastcure.evaluation.accuracy import accuracy, batches, right
 
 
 class AccuracyCurve(NamedTuple):
@@ -55,7 +55,7 @@ def accuracy_curve(
         progress: wraps the radii, in groups of `at_once`, to show how far it is.
 
     Raises:
-        TypeError, ValueError, FloatingPointError: as `pgd` and `fastcure.accuracy.accuracy` do.
+        TypeError, ValueError, FloatingPointError: as `pgd` and `fastcure.evaluation.accuracy.accuracy` do.
     """
     if at_once < 1:
         raise ValueError(f"at_once must be >= 1, got {at_once}")

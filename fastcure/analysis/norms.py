@@ -8,9 +8,9 @@ import torch
 from fastcure_kernels import direction
 from torch import Tensor, nn
 
+from fastcure._functional import LossFn, cross_entropy
+from fastcure._inference import outside_inference_mode
 from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
-from fastcure.inference import outside_inference_mode
-from fastcure.objective import LossFn, cross_entropy
 
 
 class FrobeniusNorm(NamedTuple):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure.checks import check_batch, check_labels, check_positive
-from fastcure.first_pass import look_before_measure, takes_logits
-from fastcure.layers import folded_layers
-from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
-from fastcure.one_thread import one_thread
+from fastcure._diagnostics.first_pass import look_before_measure, takes_logits
+from fastcure._folding.layers import folded_layers
+from fastcure._functional import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
+from fastcure._one_thread import one_thread
+from fastcure._validation import check_batch, check_labels, check_positive
 from fastcure.rules import double_backward
-from fastcure.second_derivatives import Twice, missing_derivatives
+from fastcure.rules.second_derivatives import Twice, missing_derivatives
 
 Method = Literal["exact", "finite"]
 Progress = Callable[[Iterable[slice]], Iterable[slice]]

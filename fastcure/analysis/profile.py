@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcure._functional import LossFn, cross_entropy
+from fastcure._inference import outside_inference_mode
 from fastcure.analysis.lanczos import extremes
 from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
-from fastcure.inference import outside_inference_mode
-from fastcure.objective import LossFn, cross_entropy
 
 
 class CurvatureProfile(NamedTuple):

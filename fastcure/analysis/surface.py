@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcure._diagnostics.first_pass import look_before_measure, takes_logits
+from fastcure._functional import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure._inference import outside_inference_mode
+from fastcure._validation import Bounds, check_pixels, check_positive
 from fastcure.analysis.products import check_measurement
-from fastcure.attacks.arguments import check_bounds
-from fastcure.checks import Bounds, check_pixels, check_positive
-from fastcure.first_pass import look_before_measure, takes_logits
-from fastcure.inference import outside_inference_mode
-from fastcure.objective import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure.attacks._arguments import check_bounds
 
 
 class LossSurface(NamedTuple):
@@ -70,7 +70,7 @@ def loss_surface(
         raise ValueError(f"points must be odd, so that x is one of them, and >= 3, got {points}")
     model = unwrap(model)
     if normal is None:
-        from fastcure.attacks.deepfool import deepfool
+        from fastcure.attacks._deepfool import deepfool
 
         normal = deepfool(model, x, bounds=None if bounds == (0.0, 1.0) else (-math.inf, math.inf)).normal
     if normal.shape != x.shape:

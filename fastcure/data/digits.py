@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fastcure._extras import extra
 from fastcure.data.dataset import Dataset, checked
-from fastcure.extras import extra
 
 
 def read(_: Path) -> Dataset:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastcure._extras import extra
 from fastcure.data.dataset import Dataset, checked
 from fastcure.data.files import MAX_BYTES, expansion_limit, reading
-from fastcure.extras import extra
 
 GREY = ("1", "L", "LA")
 COLOUR = ("RGB", "RGBA", "P", "CMYK", "YCbCr")  # the rest has more than 8 bits, which Pillow would clip

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from fastcure.engines.auto import Auto
-from fastcure.engines.compiled import Compile
+from fastcure.engines.base import Engine, Evaluation
+from fastcure.engines.compile import Compile
+from fastcure.engines.cuda_graph import Graphed
 from fastcure.engines.eager import Eager
 from fastcure.engines.first_order import FirstOrder
-from fastcure.engines.graphed import Graphed
 from fastcure.engines.loss_only import LossOnly
-from fastcure.engines.oracle import Reference
-from fastcure.engines.protocol import Engine, Evaluation
+from fastcure.engines.reference import Reference
 
 _compile = Compile()
 ENGINES: dict[str, Engine] = {

@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastcure.engines.compiled import Compile, compilations, has_compiler
+from fastcure._functional import Objective
+from fastcure.engines.autograd import GraphEngine
+from fastcure.engines.base import Evaluation
+from fastcure.engines.compile import Compile, compilations, has_compiler
 from fastcure.engines.eager import Eager
-from fastcure.engines.graph import GraphEngine
-from fastcure.engines.protocol import Evaluation
-from fastcure.objective import Objective
 
 logger = logging.getLogger("fastcure")
 
@@ -78,7 +78,7 @@ class Auto(GraphEngine):
         key = (x.shape, x.dtype, y.shape, y.dtype, power, stepped, direction is None, isinstance(h, Tensor) and h.shape)
         shape = self._shapes.setdefault(objective.model, {}).setdefault(key, Shape())
         if shape.step is None:
-            from fastcure.flops import FlopCounter  # torch's table of costs takes long to import
+            from fastcure.profiling.flops import FlopCounter  # torch's table of costs takes long to import
 
             with FlopCounter() as counter:
                 evaluation = self._eager.forward(*arguments, **options)

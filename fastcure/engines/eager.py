@@ -6,12 +6,12 @@ import torch
 from fastcure_kernels import difference_sqnorm, direction_step
 from torch import Tensor
 
-from fastcure.engines.graph import GraphEngine, evaluation, twice_differentiable
-from fastcure.engines.protocol import Evaluation
-from fastcure.layers import folded_layers
-from fastcure.objective import Objective, input_gradient
+from fastcure._folding.layers import folded_layers
+from fastcure._functional import Objective, input_gradient
+from fastcure.engines.autograd import GraphEngine, evaluation, twice_differentiable
+from fastcure.engines.base import Evaluation
 from fastcure.rules import double_backward
-from fastcure.second_derivatives import Twice
+from fastcure.rules.second_derivatives import Twice
 
 
 class Eager(GraphEngine):

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcure._diagnostics.kinks import warn_of_kinks
+from fastcure._functional import Objective, evaluation_mode, input_gradient
+from fastcure._one_thread import one_thread
+from fastcure.engines.base import Evaluation
 from fastcure.engines.eager import root, second_point
-from fastcure.engines.protocol import Evaluation
-from fastcure.kinks import warn_of_kinks
-from fastcure.objective import Objective, evaluation_mode, input_gradient
-from fastcure.one_thread import one_thread
 
 
 class Pass(NamedTuple):

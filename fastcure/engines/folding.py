@@ -1,8 +1,9 @@
 """Batch norms folded in front of the compiled region, which then sees convolutions whose weights are what they are.
 
-`fastcure.layers` does this for the eager engine in ways that cannot be traced. Here the channel maps are computed
-before the region, with autograd, so that gradients come back through them; inductor would compute `sqrt(var + eps)` for
-every pixel. What `fastcure.prepare` found is folded; any other batch norm becomes one product and one sum.
+`fastcure._folding.layers` does this for the eager engine in ways that cannot be traced. Here the channel maps are
+computed before the region, with autograd, so that gradients come back through them; inductor would compute
+`sqrt(var + eps)` for every pixel. What `fastcure.prepare` found is folded; any other batch norm becomes one product and
+one sum.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from fastcure.layers import NORMS, channel_map_of, folds_of, has_statistics, plain
-from fastcure.plain_operators import hardsigmoid
+from fastcure._folding.layers import NORMS, channel_map_of, folds_of, has_statistics, plain
+from fastcure.rules.plain_operators import hardsigmoid
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
 Forwards = dict[ref[nn.Module], Callable[[Tensor], Tensor]]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcure._functional import Objective, evaluation_mode, input_gradient
+from fastcure._one_thread import one_thread
+from fastcure.engines.autograd import Graph, GraphEngine, evaluation, twice_differentiable
+from fastcure.engines.base import Evaluation
 from fastcure.engines.eager import second_point
-from fastcure.engines.graph import Graph, GraphEngine, evaluation, twice_differentiable
-from fastcure.engines.protocol import Evaluation
-from fastcure.objective import Objective, evaluation_mode, input_gradient
-from fastcure.one_thread import one_thread
 
 
 class State(NamedTuple):

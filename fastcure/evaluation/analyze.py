@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcure._environment import environment, pick_device
+from fastcure._inference import outside_inference_mode
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
 from fastcure.data import limited, load, sampled
-from fastcure.environment import environment, pick_device
 from fastcure.evaluation.network import check_network
 from fastcure.evaluation.settings import AnalysisSettings, write_results
-from fastcure.inference import outside_inference_mode
-from fastcure.outside import load_model
-from fastcure.placement import placed
+from fastcure.models.loading import load_model
+from fastcure.models.placement import placed
 from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, join, own_device
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure.accuracy import right
+from fastcure._environment import environment, pick_device
+from fastcure._extras import need
+from fastcure._inference import outside_inference_mode
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
-from fastcure.checklist import Check, masking_checklist, verdict
 from fastcure.data import Dataset, limited, load, sampled
-from fastcure.environment import environment, pick_device
+from fastcure.evaluation.accuracy import right
+from fastcure.evaluation.checklist import Check, masking_checklist, verdict
 from fastcure.evaluation.network import check_network
 from fastcure.evaluation.settings import EvaluationSettings, write_results
-from fastcure.extras import need
-from fastcure.inference import outside_inference_mode
-from fastcure.outside import load_model
-from fastcure.placement import placed
+from fastcure.models.loading import load_model
+from fastcure.models.placement import placed
 from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, Work, join, own_device
 

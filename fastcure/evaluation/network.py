@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastcure._functional import evaluation_mode, find_logits
 from fastcure.data import Dataset
-from fastcure.objective import evaluation_mode, find_logits
 
 
 def check_network(model: nn.Module, name: str, data: Dataset, device: torch.device) -> None:

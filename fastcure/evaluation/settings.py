@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastcure.fields import check_types, check_whole_numbers, shortened
+from fastcure._fields import check_types, check_whole_numbers, shortened
+from fastcure._writing import json_bytes, write_whole
 from fastcure.models import MODELS
 from fastcure.training.run_folder import read_json
 from fastcure.training.settings import MAX_H, read_settings, setting
-from fastcure.writing import json_bytes, write_whole
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from fastcure._figure_text import as_written, label
 from fastcure.analysis import LossSurface
-from fastcure.figure_text import as_written, label
 from fastcure.report.measures import Row
 
 # Okabe and Ito.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure.accuracy import accuracy
+from fastcure._functional import evaluation_mode, find_logits
 from fastcure.analysis import (
     LossSurface,
     accuracy_curve,
@@ -20,9 +20,9 @@ from fastcure.analysis import (
     robustness_bounds,
 )
 from fastcure.attacks import deepfool, pgd
-from fastcure.checklist import Item, masking_checklist
 from fastcure.data import stratified
-from fastcure.objective import evaluation_mode, find_logits
+from fastcure.evaluation.accuracy import accuracy
+from fastcure.evaluation.checklist import Item, masking_checklist
 
 Row = dict[str, Any]
 Bar = Callable[[str, Iterable[Any]], Iterable[Any]]

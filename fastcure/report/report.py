@@ -17,18 +17,18 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
-from fastcure.checklist import verdict
+from fastcure._environment import environment, pick_device
+from fastcure._fields import check_whole_numbers
+from fastcure._writing import csv_bytes, json_bytes, json_text, write_whole
 from fastcure.data import limited, load, sampled
-from fastcure.environment import environment, pick_device
-from fastcure.fields import check_whole_numbers
+from fastcure.evaluation.checklist import verdict
 from fastcure.models import build
-from fastcure.placement import placed
+from fastcure.models.placement import placed
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
 from fastcure.training.run_folder import load_weights
 from fastcure.training.settings import Settings, read_settings, step_lengths
-from fastcure.writing import csv_bytes, json_bytes, json_text, write_whole
 
 PAPER = [
     ["paper, SVHN, ResNet-18: normal training", "96.3 %", "0.9 %"],

@@ -1,5 +1,5 @@
 """Second-order rules by operator: what `fastcure.double_backward()` applies, one operator a file."""
 
-from fastcure.rules.double_backward import double_backward
+from fastcure.rules.context import double_backward
 
 __all__ = ["double_backward"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcure.extras import extra
-from fastcure.fields import check_types, check_whole_numbers, shortened
-from fastcure.writing import json_text
+from fastcure._extras import extra
+from fastcure._fields import check_types, check_whole_numbers, shortened
+from fastcure._writing import json_text
 
 Parts = dict[str, dict[str, Tensor]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import IO, Any
 
-from fastcure.figure_text import as_written
+from fastcure._figure_text import as_written
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; line styles tell them apart in grey print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"

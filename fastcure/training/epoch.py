@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastcure.cure import CURE, CUREOutput
-from fastcure.objective import cross_entropy
+from fastcure._functional import cross_entropy
+from fastcure.objectives.cure import CURE, CUREOutput
 from fastcure.training.ranks import Ranks, out_of_memory
 from fastcure.training.schedule import Schedule
 from fastcure.training.tally import Tally

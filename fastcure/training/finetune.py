@@ -10,10 +10,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from fastcure._environment import environment, pick_device
 from fastcure.data import Dataset, hold_out, limited, load, stratified
-from fastcure.environment import environment, pick_device
 from fastcure.models import build
-from fastcure.placement import placed
+from fastcure.models.placement import placed
 from fastcure.training.curves import draw_curves
 from fastcure.training.interrupt import Interruption
 from fastcure.training.ranks import Ranks, join, own_device

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcure.accuracy import batches
+from fastcure.evaluation.accuracy import batches
 
 Work = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """Takes images, labels and a source of random numbers; returns a row an image."""
@@ -80,7 +80,8 @@ class Ranks(NamedTuple):
 
         Args:
             work: returns `(B, ...)` for a batch of B images.
-            x, y, batch_size, seed: as in `fastcure.accuracy.batches`; all images and labels, in every process.
+            x, y: all images and labels, in every process.
+            batch_size, seed: as in `fastcure.evaluation.accuracy.batches`.
 
         Returns:
             `(N, ...)`, on the CPU.

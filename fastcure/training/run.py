@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastcure import CURE
-from fastcure.accuracy import right
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation, stratified
+from fastcure.evaluation.accuracy import right
 from fastcure.training.checkpoint import Parts, Progress, pack, unpack
 from fastcure.training.epoch import Normal, train_steps
 from fastcure.training.interrupt import Interrupted, Interruption

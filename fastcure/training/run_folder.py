@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from fastcure.extras import extra
+from fastcure._extras import extra
+from fastcure._writing import csv_bytes, json_bytes, json_text, sync_folder, write_whole
 from fastcure.training.state_dict import find_state_dict, fit_names, misfit
 from fastcure.training.weights_file import read_weights
-from fastcure.writing import csv_bytes, json_bytes, json_text, sync_folder, write_whole
 
 MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite")
 """Settings in which a resumed run may differ from its beginning: where things are, and what to do in distress."""

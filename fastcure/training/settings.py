@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastcure.checks import check_fraction
-from fastcure.curvature import BatchStats, LossAt, check_modes
+from fastcure._curvature import BatchStats, LossAt, check_modes
+from fastcure._fields import check_types, check_whole_numbers, shortened
+from fastcure._microbatch import check_parts
+from fastcure._validation import check_fraction
 from fastcure.engines import ENGINES
-from fastcure.fields import check_types, check_whole_numbers, shortened
-from fastcure.microbatch import check_parts
 from fastcure.models import MODELS
 from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule

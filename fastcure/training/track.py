@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcure.accuracy import accuracy
 from fastcure.analysis import curvature_along_gradient, frobenius_norm
 from fastcure.attacks import pgd
+from fastcure.evaluation.accuracy import accuracy
 
 PROBES, EPS = 20, 8 / 255
 

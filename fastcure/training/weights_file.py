@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastcure.extras import extra
+from fastcure._extras import extra
 
 
 def read_weights(path: Path) -> Any:

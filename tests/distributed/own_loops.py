@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import refusal
 
-from fastcure import CURE, curvature, data_parallel
+from fastcure import CURE, curvature
+from fastcure import _distributed as data_parallel
 
 STEPS = 3
 H, GAMMA = 0.7, 2.0

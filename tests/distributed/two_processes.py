@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcure import CURE, curvature, prepare
 from fastcure.cli import main
-from fastcure.cure import CUREOutput
+from fastcure.objectives.cure import CUREOutput
 from fastcure.training.epoch import train_steps
 from fastcure.training.ranks import Ranks
 from fastcure.training.run import Run

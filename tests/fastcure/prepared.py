@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import curvature, prepare
-from fastcure.layers import folds_of
+from fastcure._folding.layers import folds_of
 from fastcure.models import WideResNet, resnet8
 
 Activation = Callable[[], nn.Module]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastcure.accuracy import accuracy
 from fastcure.analysis import accuracy_curve
 from fastcure.attacks import pgd
+from fastcure.evaluation.accuracy import accuracy
 
 EPS = [0.0, 0.02, 0.05, 0.1, 0.3]
 

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure import curvature, reference
 from fastcure.analysis import curvature_along_gradient, frobenius_norm
-from fastcure.flops import FlopCounter
 from fastcure.models import resnet8, resnet18
+from fastcure.profiling.flops import FlopCounter
 
 smooth_networks = pytest.mark.parametrize("name", [name for name, network in NETWORKS.items() if network.smooth])
 methods = pytest.mark.parametrize("options", [{}, {"method": "finite", "h": 1e-3}], ids=["exact", "finite"])

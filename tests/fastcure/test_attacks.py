@@ -6,9 +6,9 @@ from networks import NETWORKS, Case, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure.accuracy import accuracy
+from fastcure._functional import LossFn, cross_entropy
 from fastcure.attacks import fgsm, margin_loss, pgd
-from fastcure.objective import LossFn, cross_entropy
+from fastcure.evaluation.accuracy import accuracy
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure.accuracy import accuracy, right
 from fastcure.analysis import accuracy_curve, loss_surface
 from fastcure.attacks import autoattack, deepfool, fgsm, margin_loss, pgd, spsa
-from fastcure.checklist import masking_checklist
+from fastcure.evaluation.accuracy import accuracy, right
+from fastcure.evaluation.checklist import masking_checklist
 from fastcure.models import Normalize
 
 Run = Callable[..., object]

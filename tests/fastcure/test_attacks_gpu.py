@@ -5,7 +5,7 @@ import torch
 from networks import NETWORKS, Case, make
 
 from fastcure.attacks import autoattack, deepfool, pgd, spsa
-from fastcure.checklist import masking_checklist
+from fastcure.evaluation.checklist import masking_checklist
 
 pytestmark = pytest.mark.gpu
 

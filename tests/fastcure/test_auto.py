@@ -8,13 +8,13 @@ import torch
 from networks import NETWORKS, Case, make, relative
 from torch import Tensor, nn
 
+from fastcure._functional import Objective, evaluation_mode
 from fastcure.engines import ENGINES
 from fastcure.engines.auto import Auto
-from fastcure.engines.compiled import Compile
+from fastcure.engines.base import Evaluation
+from fastcure.engines.compile import Compile
 from fastcure.engines.eager import Eager
-from fastcure.engines.protocol import Evaluation
-from fastcure.flops import FlopCounter
-from fastcure.objective import Objective, evaluation_mode
+from fastcure.profiling.flops import FlopCounter
 
 OPTIONS: dict[str, Any] = {"power": 2, "direction": None, "differentiable": True}
 

@@ -21,8 +21,8 @@ from robustness_summary import correlation, overview, ranked, summary
 from robustness_table import COLUMNS, Row, Table
 
 from fastcure import CURE, reference
+from fastcure._functional import ModelWithLoss, cross_entropy
 from fastcure.models import build
-from fastcure.objective import ModelWithLoss, cross_entropy
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure.attacks import pgd
-from fastcure.checklist import Item, masking_checklist, verdict
+from fastcure.evaluation.checklist import Item, masking_checklist, verdict
 
 STEPS, SPSA, TRANSFER, UNBOUNDED, EPS, LOSS = range(6)
 Curve = Callable[[Tensor], Tensor]

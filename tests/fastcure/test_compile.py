@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastcure import CURE, curvature
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
+from fastcure.engines.compile import Compile
 
 # Of torch's own making, in torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

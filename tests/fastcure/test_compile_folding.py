@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastcure import curvature, prepare
+from fastcure._folding.layers import UsedElsewhereError
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
+from fastcure.engines.compile import Compile
 from fastcure.engines.folding import Folding
-from fastcure.layers import UsedElsewhereError
 
 # Of torch's own making, in torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

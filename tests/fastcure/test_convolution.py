@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcure import curvature, double_backward
-from fastcure.flops import FlopCounter
+from fastcure.profiling.flops import FlopCounter
 
 TORCH = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

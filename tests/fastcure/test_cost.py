@@ -8,8 +8,8 @@ import torch
 
 from fastcure import CURE
 from fastcure.attacks import fgsm, pgd
-from fastcure.flops import FlopCounter
 from fastcure.models import resnet18
+from fastcure.profiling.flops import FlopCounter
 
 
 def flops(run: Callable[[], object]) -> int:

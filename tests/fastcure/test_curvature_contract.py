@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE, curvature
-from fastcure.flops import FlopCounter
-from fastcure.objective import cross_entropy
+from fastcure._functional import cross_entropy
+from fastcure.profiling.flops import FlopCounter
 
 ENGINES = ["eager", "reference"]
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointError
 
 from fastcure import double_backward
-from fastcure.flops import FlopCounter
+from fastcure.profiling.flops import FlopCounter
 
 Function = Callable[..., Tensor]
 

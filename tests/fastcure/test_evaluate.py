@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastcure.evaluation.evaluate as evaluation
-from fastcure.accuracy import batches
 from fastcure.attacks import autoattack, pgd
 from fastcure.cli import main
 from fastcure.data import stratified
+from fastcure.evaluation.accuracy import batches
 from fastcure.models import Normalize, build, resnet8
-from fastcure.outside import load_model
-from fastcure.placement import placed
+from fastcure.models.loading import load_model
+from fastcure.models.placement import placed
 
 OUTSIDE = """
 from torch import nn

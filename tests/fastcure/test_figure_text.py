@@ -41,7 +41,7 @@ def test_a_name_is_drawn_letter_by_letter() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from fastcure.figure_text import as_written
+    from fastcure._figure_text import as_written
 
     widths = {}
     for name in ("$x$", "x", "SxS"):
@@ -63,7 +63,7 @@ def test_a_name_is_drawn_letter_by_letter() -> None:
 def test_ticks_keep_their_exponents() -> None:
     from matplotlib.figure import Figure
 
-    from fastcure.figure_text import as_written
+    from fastcure._figure_text import as_written
 
     figure = Figure()
     axes = figure.subplots()

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcure.training.run as run_module
 from fastcure import CURE
-from fastcure.cure import CUREOutput
 from fastcure.models import resnet8
+from fastcure.objectives.cure import CUREOutput
 from fastcure.training.epoch import Normal, train_steps
 from fastcure.training.optimizer import adam
 from fastcure.training.ranks import Ranks

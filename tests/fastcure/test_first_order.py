@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure import CURE, curvature
 from fastcure.engines.first_order import step_size
-from fastcure.flops import FlopCounter
+from fastcure.profiling.flops import FlopCounter
 
 SMOOTH = [name for name, network in NETWORKS.items() if network.smooth]
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, CUREOutput, curvature
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
+from fastcure.engines.compile import Compile
 
 H, GAMMA = 0.7, 0.3
 BATCH_NORM = "batch_norm-relu-max"

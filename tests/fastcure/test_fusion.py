@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import curvature, explain, prepare
-from fastcure.pending import Pending
+from fastcure._folding.pending import Pending
 
 FUSED = {  # of the ReLUs that run
     "torchvision-resnet18": (17, 17),

@@ -12,12 +12,12 @@ from rerun import Rerun
 from torch import Tensor, nn
 
 from fastcure import CURE, curvature, prepare
+from fastcure._recorder import SHAPES, CudaRecorder
 from fastcure.attacks import pgd
-from fastcure.attacks.replay import ReplayedSteps
+from fastcure.attacks._replay import ReplayedSteps
 from fastcure.engines import ENGINES
-from fastcure.engines.graphed import Graphed
+from fastcure.engines.cuda_graph import Graphed
 from fastcure.models import resnet8
-from fastcure.recorder import SHAPES, CudaRecorder
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -146,7 +146,7 @@ def test_on_another_device_it_says_so() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_attack_replayed_is_the_attack(device: torch.device, norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = ReplayedSteps(Rerun if device.type == "cpu" else CudaRecorder)
-    monkeypatch.setattr("fastcure.attacks.gradient.REPLAYED", steps)
+    monkeypatch.setattr("fastcure.attacks._gradient.REPLAYED", steps)
     model, x, y = network(device)
     for attempt in range(3):
         eps = 0.05 * (attempt + 1) if attempt % 2 else torch.rand(5).double().to(device) * 0.1

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-CORE = "import fastcure, fastcure.attacks, fastcure.models, fastcure.accuracy; "
+CORE = "import fastcure, fastcure.attacks, fastcure.models, fastcure.evaluation.accuracy; "
 
 
 def run(code: str) -> str:

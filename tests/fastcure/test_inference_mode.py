@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 import fastcure.analysis
 import fastcure.attacks
-from fastcure.accuracy import accuracy, right
 from fastcure.analysis import (
     accuracy_curve,
     curvature_along_gradient,
@@ -24,7 +23,8 @@ from fastcure.analysis import (
     robustness_bounds,
 )
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
-from fastcure.checklist import masking_checklist
+from fastcure.evaluation.accuracy import accuracy, right
+from fastcure.evaluation.checklist import masking_checklist
 from fastcure.evaluation.evaluate import evaluate
 from fastcure.evaluation.settings import make_evaluation_settings
 

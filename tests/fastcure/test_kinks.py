@@ -11,7 +11,8 @@ from networks import NETWORKS, Case, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure import curvature, kinks
+from fastcure import curvature
+from fastcure._diagnostics import kinks
 
 
 class Lambda(nn.Module):

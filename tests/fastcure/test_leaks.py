@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from fastcure import CURE, curvature, prepare
 from fastcure.engines import ENGINES as ALL_ENGINES
-from fastcure.engines.compiled import Compile
-from fastcure.engines.graphed import Graphed
+from fastcure.engines.compile import Compile
+from fastcure.engines.cuda_graph import Graphed
 
 ENGINES = ["eager", "first_order", "reference"]
 

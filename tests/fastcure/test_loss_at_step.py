@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcure import CURE, curvature, reference
+from fastcure._functional import Objective
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
-from fastcure.objective import Objective
+from fastcure.engines.compile import Compile
 
 
 def gradients(case: Case, **options: object) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -12,7 +12,7 @@ from operators import Operators
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure.pending import OverwrittenError, Pending
+from fastcure._folding.pending import OverwrittenError, Pending
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import curvature, explain, prepare
-from fastcure.layers import NORMS
+from fastcure._folding.layers import NORMS
 
 
 @every_style

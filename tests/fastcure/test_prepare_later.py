@@ -16,7 +16,7 @@ from prepared import case_of, count, relu, style
 from torch import Tensor, nn
 
 from fastcure import curvature, explain, prepare
-from fastcure.layers import FOLDS, Fold, _once
+from fastcure._folding.layers import FOLDS, Fold, _once
 
 # `Odd` has a dropout, which few of its ways take.
 pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastcure import CURE, curvature, prepare
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
+from fastcure.engines.compile import Compile
 from fastcure.reference import unit_sign
 
 # The networks are in the modes that are drawn.

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import flop_registry
 
 from fastcure import curvature
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
+from fastcure.engines.compile import Compile
 from fastcure.engines.rewrite import Rewrite
-from fastcure.flops import FlopCounter
 from fastcure.models import resnet8
+from fastcure.profiling.flops import FlopCounter
 
 # Of torch's own making, in torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from fastcure import CURE, attacks, curvature, explain, prepare
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm, robustness_bounds
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
-from fastcure.plain_operators import PlainOperators
+from fastcure.engines.compile import Compile
+from fastcure.rules.plain_operators import PlainOperators
 
 pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode:UserWarning")
 H = 0.5

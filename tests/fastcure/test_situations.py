@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, curvature, prepare
 from fastcure.engines import ENGINES
-from fastcure.engines.compiled import Compile
+from fastcure.engines.compile import Compile
 
 of_torch = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning"

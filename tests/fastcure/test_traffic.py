@@ -10,7 +10,7 @@ from torch import nn
 
 from fastcure import prepare
 from fastcure.models import resnet18
-from fastcure.traffic import TrafficCounter
+from fastcure.profiling.traffic import TrafficCounter
 
 
 def traffic(run: Callable[[], object]) -> int:

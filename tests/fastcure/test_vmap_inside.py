@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import prepare
-from fastcure.accuracy import accuracy
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm, robustness_bounds
 from fastcure.attacks import deepfool, fgsm, pgd, spsa
+from fastcure.evaluation.accuracy import accuracy
 
 
 class Frames(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 from small_runs import files_of_at_most, finetune, write_npz
 
 import fastcure
-from fastcure.writing import csv_bytes, json_bytes, write_whole
+from fastcure._writing import csv_bytes, json_bytes, write_whole
 
 SOURCES = [Path(fastcure.__file__).parent, Path(__file__).parents[2] / "benchmarks"]
 
@@ -130,7 +130,7 @@ def calls(name: str) -> list[tuple[Path, ast.Call]]:
 
 
 def test_no_other_code_writes_json_or_files() -> None:
-    """What would leave half a file, or NaN, is in no source: a new one goes through `fastcure.writing`."""
+    """What would leave half a file, or NaN, is in no source: a new one goes through `fastcure._writing`."""
     found = [
         f"{path.name}:{call.lineno}"
         for name in ("dump", "dumps")

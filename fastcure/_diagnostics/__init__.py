@@ -1,0 +1,1 @@
+"""What a model is examined for, and warned of, once."""

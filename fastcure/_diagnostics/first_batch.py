@@ -1,0 +1,94 @@
+"""What a model is examined for once: pixels outside of [0, 1], steps lost in rounding, random evaluation passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from fastcure._functional import Objective
+
+SLACK = 1e-3
+"""By which resampling may leave [0, 1]."""
+
+_seen: WeakSet[nn.Module] = WeakSet()
+_small_steps: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def first_batch(objective: Objective, x: Tensor, y: Tensor) -> Iterator[None]:
+    """Around the passes of the penalty: examine the first batch that a model sees, and no other.
+
+    A look at values makes the host wait for the device, hence once; while a CUDA graph is captured, not even that.
+
+    Raises:
+        ValueError: if the model draws random numbers in evaluation mode, and its logits depend on them.
+    """
+    if objective.model in _seen or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        yield
+        return
+    warn_of_range(x)
+    before = random_states(x)
+    yield
+    if not all(map(torch.equal, before, random_states(x))):
+        refuse_randomness(objective, x, y)
+    _seen.add(objective.model)
+
+
+def warn_of_range(x: Tensor) -> None:
+    """Warn if pixels are not in [0, 1]; one that is not a number is no matter of this."""
+    low, high = (float(value) for value in (x.amin(), x.amax())) if x.numel() else (0.0, 0.0)
+    if low < -SLACK or high > 1 + SLACK:
+        warnings.warn(
+            f"pixels should be in [0, 1], got {low:.3g}..{high:.3g}: h and eps are in units of the input; divide by "
+            "255, or make normalisation a layer of the model (fastcure.models.Normalize)",
+            stacklevel=6,
+        )
+
+
+def refuse_randomness(objective: Objective, x: Tensor, y: Tensor) -> None:
+    """Raise if two passes in evaluation mode differ: so do g(x) and g(x + h z), whatever the curvature is."""
+    with torch.no_grad():
+        first, second = (objective(x, y)[0].float() for _ in range(2))
+    difference = float((first - second).norm() / first.norm())
+    if difference > 1e-3:
+        raise ValueError(
+            f"the model is random in evaluation mode: logits differ by {difference:.1%} between two passes, which the "
+            "penalty would take for curvature; give F.dropout and the like training=self.training, or use nn.Dropout"
+        )
+
+
+def warn_of_small_step(model: nn.Module, x: Tensor, h: float | Tensor) -> None:
+    """Warn, once a model, of steps that are lost in rounding.
+
+    A step moves a pixel by `h / sqrt(N)`; where that is less than the spacing of numbers near 1, pixels fall short of
+    it or do not move at all, and the difference of gradients drowns in rounding. Measured on a ResNet in bfloat16 and
+    float16: at that spacing the penalty and its gradient are off by 10 %, at a third of it by 25 to 50 %.
+    """
+    if isinstance(h, Tensor):
+        if h.device.type != "cpu" or not h.numel():
+            return
+        h = float(h.min())
+    device, pixels = x.device.type, x[0].numel() if len(x) else 1
+    autocast = torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    least = torch.finfo(dtype).eps * pixels**0.5
+    if h < least and model not in _small_steps:
+        _small_steps.add(model)
+        warnings.warn(
+            f"h should be >= {least:.2g} for {pixels} pixels in {dtype}, got {h:.2g}: most of the difference of "
+            "gradients is rounding; take a larger h, or a wider dtype for the penalty",
+            stacklevel=4,
+        )
+
+
+def random_states(x: Tensor) -> list[Tensor]:
+    """Return the states of torch's generators on the CPU and on the device of `x`."""
+    states = [torch.get_rng_state()]
+    if x.device.type != "cpu" and hasattr(module := torch.get_device_module(x.device), "get_rng_state"):
+        states.append(module.get_rng_state(x.device))
+    return states

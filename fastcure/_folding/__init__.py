@@ -1,0 +1,1 @@
+"""Batch norms folded into the layer before, and ReLUs fused with the sum before them: `fastcure.prepare`."""

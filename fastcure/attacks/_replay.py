@@ -1,0 +1,80 @@
+"""An attack's step as a CUDA graph: gradient and move, captured once and replayed for every step and start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcure._functional import Objective
+from fastcure._recorder import Captures, CudaRecorder, Recorder, buffers
+
+Move = Callable[[Objective, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`(objective, adv, x, y, step_size, eps) -> adv`, the last two of shape (B,)."""
+
+
+class ReplayedSteps:
+    """Captures of attack steps, kept for each model.
+
+    Args:
+        recorder: makes what records a step.
+    """
+
+    def __init__(self, recorder: Callable[[], Recorder] = CudaRecorder) -> None:
+        self.recorder = recorder
+        self._captures: Captures[_Step] = Captures()
+
+    def of(
+        self, objective: Objective, move: Move, settings: Any, x: Tensor, y: Tensor, step: Any, eps: Any
+    ) -> Callable[[Tensor], Tensor]:
+        """Return `adv -> adv`, one step around `x`; it serves until the next call.
+
+        Args:
+            objective: of the model under attack.
+            move: the step.
+            settings: all that `move` depends on beyond its arguments, hashable.
+            x, y: images and labels.
+            step, eps: step size and radius, a number or `(B,)`.
+        """
+        with torch.cuda.device_of(x):  # it need not be the current one
+            captured = self._captures.find(
+                *(objective, x, y, (settings,)), lambda: _Step(self.recorder(), objective, move, x, y)
+            )
+            return captured.around(objective, x, y, step, eps)
+
+
+class _Step:
+    """One capture, and the memory that it reads and writes."""
+
+    def __init__(self, recorder: Recorder, objective: Objective, move: Move, x: Tensor, y: Tensor) -> None:
+        self.adv, self.x, self.y = x.clone(), x.clone(), y.clone()
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.step, self.eps = (torch.zeros(len(x), dtype=wide, device=x.device) for _ in range(2))
+        self.buffers = buffers(objective)
+
+        def work() -> list[Tensor]:
+            return [self.adv.copy_(move(objective, self.adv, self.x, self.y, self.step, self.eps))]
+
+        recorder.warm_up(work)
+        _, self.replay = recorder.record(work)
+
+    def around(
+        self, objective: Objective, x: Tensor, y: Tensor, step: float | Tensor, eps: float | Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        for mine, its in zip(self.buffers, buffers(objective), strict=True):
+            mine.copy_(its)
+        for mine, given in ((self.x, x), (self.y, y), (self.step, step), (self.eps, eps)):
+            mine.copy_(given) if isinstance(given, Tensor) else mine.fill_(given)
+
+        def advance(adv: Tensor) -> Tensor:
+            if adv is not self.adv:
+                self.adv.copy_(adv)
+            self.replay()
+            return self.adv
+
+        return advance
+
+
+REPLAYED = ReplayedSteps()

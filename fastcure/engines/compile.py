@@ -1,0 +1,237 @@
+"""Loss and parameter gradients in one compiled region: `torch.func.grad` inside it, then one ordinary backward."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastcure._functional import LossFn, Objective, find_logits
+from fastcure._weak import weakly
+from fastcure.engines.autograd import GraphEngine, evaluation, twice_differentiable
+from fastcure.engines.base import Evaluation
+from fastcure.engines.eager import Eager, root
+from fastcure.engines.folding import Folding
+from fastcure.reference import unit_sign
+from fastcure.rules.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
+
+logger = logging.getLogger("fastcure")
+Compiled = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class Compile(GraphEngine):
+    """Exact; static shapes, a compilation for each model, loss and shape. `h` and weights change without another.
+
+    Args:
+        backend: of `torch.compile`.
+    """
+
+    instead = "use engine='eager', which may have one, or 'first_order'"
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+        self._cache: WeakKeyDictionary[nn.Module, dict[Any, tuple[Compiled, Folding]]] = WeakKeyDictionary()
+
+    def forward(
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        h: float | Tensor,
+        *,
+        power: int,
+        direction: Tensor | None,
+        differentiable: bool,
+        stepped: bool = False,
+    ) -> Evaluation:
+        """Run the compiled region; the first call of a shape compiles it, and compares it with the eager engine.
+
+        Raises:
+            RuntimeError: if the model cannot be compiled whole, or its compiled gradients are not the eager ones (as
+                where an operator of its own has no second derivative that the compiler sees).
+        """
+        if not differentiable:
+            options = {"power": power, "direction": direction, "differentiable": False, "stepped": stepped}
+            return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
+        x = x.detach()
+        length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+        programs = self._cache.setdefault(objective.model, {})
+        autocast = torch.is_autocast_enabled(x.device.type)
+        folding = Folding(objective.model, norms=not autocast)
+        key = (
+            *(weakly(objective.module.loss_fn), power, stepped, direction is None, tuple(objective.state), folding.key),
+            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast),
+        )
+        fresh = key not in programs
+        if fresh:
+            _refuse_modules_of_two_names(objective.model)
+            programs[key] = _compile(self.backend, power, stepped, x.device), folding
+        program, folding = programs[key]  # with the very forwards that were compiled
+        direction = None if direction is None else direction.detach()
+
+        def run() -> Evaluation:
+            states: dict[str, dict[str, Tensor]] = {"model": {}, "loss_fn": {}}
+            for name, tensor in objective.state.items():
+                owner, _, rest = name.partition(".")
+                states[owner][rest] = tensor
+            model_state = folding.state(objective.model, states["model"])
+            with folding.applied(), warnings.catch_warnings():
+                # The compiler looks at `.grad` of weights that are folded.
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                logits, loss, penalty = program(
+                    *(objective.model, model_state, objective.module.loss_fn, states["loss_fn"]),
+                    *(x, y, length, direction),
+                )
+            return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
+
+        compiled = compilations()
+        if fresh:
+            try:
+                with twice_differentiable():
+                    Twice(objective)(x.clone().requires_grad_(), y)  # what it refuses need not be compiled first
+            except BaseException:
+                del programs[key]
+                raise
+        else:
+            result = run()
+            if compilations() == compiled:
+                return result
+        began, kept = time.perf_counter(), objective.state
+        logger.warning("fastcure: compiling %s for %s ...", type(objective.model).__name__, tuple(x.shape))
+        try:
+            result = run()
+            for state in (kept, _disturbed(kept, folding)) if folding.forwards else (kept,):
+                objective.state = state
+                options = {"power": power, "direction": direction, "differentiable": True, "stepped": stepped}
+                eager = Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
+                self._check(run(), eager)
+        except BaseException:
+            del programs[key]
+            raise
+        finally:
+            objective.state = kept
+        logger.warning("fastcure: compiled in %.0f s", time.perf_counter() - began)
+        return result
+
+    def _check(self, ours: Evaluation, eager: Evaluation) -> None:
+        """Raise unless the first compiled gradients are the eager ones, but for a few kinks."""
+        weights = torch.ones_like(ours.loss), torch.ones_like(ours.penalty)
+        mine = dict(zip(map(id, ours.parameters), self.backward(ours.state, *weights, retain=True), strict=True))
+        theirs = dict(zip(map(id, eager.parameters), self.backward(eager.state, *weights, retain=False), strict=True))
+        error = total = 0.0
+        for key, gradient in theirs.items():
+            if gradient is not None:
+                other = mine.get(key)
+                error += float((gradient - (0.0 if other is None else other)).double().square().sum())
+                total += float(gradient.double().square().sum())
+        device = ours.loss.device.type
+        tf32 = device == "cuda" and ours.loss.dtype == torch.float32
+        narrow = tf32 or torch.is_autocast_enabled(device)  # whose rounding moves many kinks
+        if not error <= (0.3 if narrow else 0.05) ** 2 * total:
+            off = (error / total) ** 0.5 if total else error
+            raise RuntimeError(
+                f"the compiled gradients differ from the eager ones by {off:.1%}: the model has an operator whose "
+                "second derivative the compiler does not see, or it reads a batch norm's parameters or statistics "
+                "elsewhere than in that batch norm; use engine='eager'"
+            )
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which the CPU's kernels need."""
+    return bool(os.environ.get("CXX") or shutil.which("g++"))
+
+
+def compilations() -> int:
+    """How many graphs torch has compiled up to now."""
+    import torch._dynamo.utils
+
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _disturbed(state: dict[str, Tensor], folding: Folding) -> dict[str, Tensor]:
+    """The state of an objective with other running statistics in what is folded."""
+    prefix = "model."
+    inner = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    return {**state, **{prefix + name: t for name, t in folding.disturbed(inner).items()}}
+
+
+def _refuse_modules_of_two_names(model: nn.Module) -> None:
+    """Raise if a module is found under two names: the compiler would leave its tensors replaced for good."""
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and any(True for _ in (*module.parameters(), *module.buffers())):
+            raise RuntimeError(
+                f"engine='compile' cannot take a model that has one module under two names, {names[module]} and "
+                f"{name}: use engine='eager'"
+            )
+        names.setdefault(module, name)
+
+
+def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> Compiled:
+    """Return the compiled region, a code object of its own: torch keeps its compilations by code object."""
+    if backend == "inductor" and device.type == "cpu" and not has_compiler():
+        raise RuntimeError(
+            "engine='compile' needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
+        )
+    import torch._dynamo
+    import torch._functorch.config
+    import torch._inductor.config
+
+    from fastcure.engines.rewrite import Rewrite
+
+    def penalty(
+        model: nn.Module,
+        model_state: dict[str, Tensor],
+        loss_fn: LossFn,
+        loss_state: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        h: Tensor,
+        z: Tensor | None,
+    ) -> Any:
+        def summed(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            logits = find_logits(functional_call(model, model_state, (point,)))
+            if isinstance(loss_fn, nn.Module):
+                loss = functional_call(loss_fn, loss_state, (logits, y))
+            else:
+                loss = loss_fn(logits, y)
+            return loss.sum(), (logits, loss)
+
+        g, (logits, loss) = torch.func.grad(summed, has_aux=True)(x)
+        direction = unit_sign(g.detach()) if z is None else z
+        g_step, (_, loss_step) = torch.func.grad(summed, has_aux=True)(x + h * direction)
+        d = g_step - g
+        squared = (d if d.dtype == torch.float64 else d.float()).square().flatten(1).sum(1)
+        return logits.detach(), loss_step if stepped else loss, root(squared) if power == 1 else squared
+
+    code = penalty.__code__
+    penalty.__code__ = code.replace(co_name=f"penalty_{id(penalty)}")
+    program = torch.compile(penalty, backend=backend, dynamic=False, fullgraph=True)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with (
+            torch._functorch.config.patch(donated_buffer=False),  # it cannot serve a backward with retain_graph
+            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),  # hooks may come and go
+            torch._inductor.config.patch(joint_custom_pre_pass=Rewrite()),
+            PLAIN_ATTENTION,
+            missing_derivatives(Compile.instead),
+        ):
+            try:
+                return program(*arguments)
+            except torch._dynamo.exc.Unsupported as error:
+                reason = str(error).splitlines()[0]
+                raise RuntimeError(
+                    f"engine='compile' needs a model that torch.compile takes whole, and this one breaks its graph "
+                    f"({reason}): use engine='eager'"
+                ) from error
+
+    return run

@@ -1,0 +1,261 @@
+"""The gradient-masking checklist: is a network robust, or are its gradients useless to the attack?
+
+Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security", ICML 2018, section 3.1; Carlini et
+al., "On evaluating adversarial robustness", 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure._functional import cross_entropy, evaluation_mode, find_logits
+from fastcure._inference import outside_inference_mode
+from fastcure._validation import check_batch, check_classes, check_labels, check_pixels, check_positive
+from fastcure.attacks import fgsm, pgd, spsa
+from fastcure.attacks._arguments import check_numbers
+from fastcure.evaluation.accuracy import Attack, check_outputs, judge
+
+MORE_STEPS, RESTARTS = 5, 3
+"""What the stronger PGD has more than the one in question."""
+
+EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+class Item(NamedTuple):
+    """One item of the checklist."""
+
+    name: str
+    """What holds of a network whose gradients are of use."""
+    passed: bool | None
+    """None where it could not be examined."""
+    evidence: dict[str, Any]
+    """Accuracies (of all images) and losses, as numbers or lists of them."""
+    words: str
+    """The evidence in one sentence."""
+
+
+Check = Callable[[], Item]
+
+
+@outside_inference_mode
+def masking_checklist(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float = 8 / 255,
+    *,
+    twin: nn.Module | None = None,
+    margin: float = 0.02,
+    steps: int = 10,
+    samples: int = 32,
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+    progress: Callable[[list[Check]], Iterable[Check]] = list,
+) -> list[Item]:
+    """Examine whether L-infinity PGD at `eps` can be believed on a network.
+
+    An attack that should not be the stronger one counts as such only if the drop in accuracy exceeds `margin` by two
+    standard errors (of paired counts: only images on which the two attacks differ add to it). It takes about
+    `55 steps + 20 (2 samples + 1)` times the arithmetic of classifying the images, at most. It may be called inside
+    torch.inference_mode, which it leaves.
+
+    Args:
+        model: the network, normalisation inside.
+        x: `(B, ...)` images in [0, 1]; a few hundred make the margin worth its name.
+        y: class indices `(B,)`.
+        eps: radius in pixels.
+        twin: a network trained normally for the same task, from which attacks are transferred; without it that item
+            is skipped.
+        margin: difference in accuracy that is taken for none.
+        steps: of the PGD in question.
+        samples: sign vectors of each of SPSA's 20 estimates.
+        batch_size: images at a time.
+        generator: source of the random starts and signs.
+        progress: wraps the list of checks, to show how far they are.
+
+    Returns:
+        Six items, in the order of this file; `verdict` puts them in words.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range, or no image is classified rightly.
+        FloatingPointError: if an attack met a NaN, or an output of the model on its images is NaN or infinite.
+
+    Warns:
+        UserWarning: as `fastcure.attacks.pgd` does.
+    """
+    check_batch(x, y, None)
+    check_labels(y, len(x), soft=False)
+    check_pixels(x, option=False)
+    check_positive("eps", eps)
+    check_positive("margin", margin, zero=True)
+    with evaluation_mode(model):
+        exam = _Examination(model, x, y, eps, twin, margin, steps, samples, batch_size, generator)
+        checks: list[Check] = [
+            exam.more_steps,
+            exam.gradient_free,
+            exam.transfer,
+            exam.unbounded,
+            exam.growing_eps,
+            exam.rising_loss,
+        ]
+        return [check() for check in progress(checks)]
+
+
+def verdict(items: list[Item]) -> str:
+    """Format the items as lines of text, the conclusion first."""
+    failed = sum(item.passed is False for item in items)
+    seen = sum(item.passed is not None for item in items)
+    marks = {True: "pass", False: "FAIL", None: "skip"}
+    head = f"{failed} of {seen} items fail" if failed else f"no sign of it in {seen} items"
+    return "\n".join([f"gradient masking: {head}"] + [f"  {marks[i.passed]}  {i.name}: {i.words}" for i in items])
+
+
+class _Examination:
+    """The images that the model classifies rightly, and what the attacks leave of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        eps: float,
+        twin: nn.Module | None,
+        margin: float,
+        steps: int,
+        samples: int,
+        batch_size: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.model, self.eps, self.twin, self.margin = model, eps, twin, margin
+        self.steps, self.samples, self.batch_size, self.generator = steps, samples, batch_size, generator
+        self.count = len(x)
+        self.x, self.y = x, y
+        right = self._clean()
+        if not right.any():
+            raise ValueError(f"the model classifies none of the {len(x)} images rightly: there is nothing to attack")
+        self.x, self.y = x[right], y[right]
+
+    def more_steps(self) -> Item:
+        """PGD with more steps and restarts finds little that PGD does not."""
+        passed, drop = self._compare(self.weak, self.strong)
+        evidence = {"pgd": self._accuracy(self.weak), "stronger_pgd": self._accuracy(self.strong), **drop}
+        words = (
+            f"PGD-{self.steps} leaves {evidence['pgd']:.1%}, with PGD-{MORE_STEPS * self.steps} from {RESTARTS} starts "
+            f"added {evidence['stronger_pgd']:.1%} (margin {self.margin:.1%})"
+        )
+        return Item("more steps and restarts change nothing", passed, evidence, words)
+
+    def gradient_free(self) -> Item:
+        """SPSA, which uses no gradient, is no stronger than PGD."""
+        attack = partial(spsa, eps=self.eps, samples=self.samples, generator=self.generator)
+        return self._outside("an attack without gradients is no stronger", "spsa", "SPSA", self._survivors(attack))
+
+    def transfer(self) -> Item:
+        """Adversarial images of a twin are no stronger than the model's own."""
+        name = "a black-box attack is no stronger"
+        twin = self.twin
+        if twin is None:
+            return Item(name, None, {}, "no normally trained twin was given to transfer attacks from")
+        attack = self._pgd(self.eps)
+        left = self._survivors(lambda _, x, y: attack(twin, x, y))
+        return self._outside(name, "transfer", "PGD on a normally trained twin", left)
+
+    def unbounded(self) -> Item:
+        """With the whole box to move in, every image is misclassified."""
+        left = self._accuracy(self._survivors(self._pgd(1.0, MORE_STEPS * self.steps)))
+        return Item("an unbounded attack reaches 0 %", left == 0, {"accuracy": left}, f"eps = 1 leaves {left:.1%}")
+
+    def growing_eps(self) -> Item:
+        """A larger ball holds more adversarial images."""
+        radii = [0.0] + [factor * self.eps for factor in EPS_FACTORS]
+        left = [torch.ones_like(self.weak)]
+        left += [self.weak if eps == self.eps else self._survivors(self._pgd(eps)) for eps in radii[1:]]
+        passed = all(self._compare(large, small)[0] for small, large in pairwise(left))
+        evidence = {"eps": radii, "accuracy": [self._accuracy(each) for each in left]}
+        words = ", ".join(f"{a:.1%} at {eps:.3g}" for eps, a in zip(radii, evidence["accuracy"], strict=True))
+        return Item("accuracy falls as eps grows", passed, evidence, words)
+
+    def rising_loss(self) -> Item:
+        """Short steps along the gradient's sign raise the loss, each of them and of nearly every image."""
+        losses = torch.stack(self._walk())  # (steps + 1, right images)
+        check_numbers(~losses.isfinite().all(0))
+        mean = losses.mean(1)
+        flat = (losses[-1] <= losses[0]).double()
+        share, error = float(flat.mean()), math.sqrt(float(flat.sum())) / len(flat)
+        rise = mean.diff()
+        passed = bool((rise > -0.01 * (mean.max() - mean.min())).all()) and share - 2 * error <= self.margin
+        evidence = {"mean_loss": mean.tolist(), "share_not_risen": share}
+        words = (
+            f"the mean goes from {mean[0]:.3g} to {mean[-1]:.3g}, falling in {int((rise < 0).sum())} of {self.steps} "
+            f"steps; of {share:.1%} of the images it does not rise"
+        )
+        return Item("the loss rises along the attack's path", passed, evidence, words)
+
+    @cached_property
+    def weak(self) -> Tensor:
+        return self._survivors(self._pgd(self.eps))
+
+    @cached_property
+    def strong(self) -> Tensor:
+        stronger = self._pgd(self.eps, MORE_STEPS * self.steps, RESTARTS)
+        return self.weak & self._survivors(stronger)
+
+    def _pgd(self, eps: float, steps: int | None = None, restarts: int = 1) -> Attack:
+        return partial(pgd, eps=eps, steps=steps or self.steps, restarts=restarts, generator=self.generator)
+
+    def _survivors(self, attack: Attack) -> Tensor:
+        """Return `(B,)`: which images are still classified rightly under an attack."""
+        left = []
+        for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
+            adv = attack(self.model, x, y)
+            with torch.no_grad():
+                left.append(judge(find_logits(self.model(adv)), y)[1])
+        return torch.cat(left)
+
+    def _clean(self) -> Tensor:
+        """Return `(B,)`: which images are classified rightly; all are checked."""
+        valid: list[Tensor] = []
+        correct: list[Tensor] = []
+        for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
+            with torch.no_grad():
+                logits = find_logits(self.model(x))
+            check_classes(y, logits)
+            for whole, part in zip((valid, correct), judge(logits, y), strict=True):
+                whole.append(part)
+        check_outputs(int((~torch.cat(valid)).sum()), self.count)
+        return torch.cat(correct)
+
+    def _accuracy(self, left: Tensor) -> float:
+        return int(left.sum()) / self.count
+
+    def _compare(self, left: Tensor, challenger: Tensor) -> tuple[bool, dict[str, float]]:
+        """Whether the attack that leaves `challenger` is no stronger than the one that leaves `left`; the drop."""
+        gained, lost = int((left & ~challenger).sum()), int((challenger & ~left).sum())
+        drop, error = (gained - lost) / self.count, math.sqrt(gained + lost) / self.count
+        return drop - 2 * error <= self.margin, {"drop": drop, "standard_error": error, "margin": self.margin}
+
+    def _outside(self, name: str, key: str, title: str, left: Tensor) -> Item:
+        passed, drop = self._compare(self.strong, left)
+        evidence = {"pgd": self._accuracy(self.strong), key: self._accuracy(left), **drop}
+        words = f"{title} leaves {evidence[key]:.1%}, PGD {evidence['pgd']:.1%} (margin {self.margin:.1%})"
+        return Item(name, passed, evidence, words)
+
+    def _walk(self) -> list[Tensor]:
+        """Return the loss of each image `(B,)` at x and after each of `steps` steps of eps / steps."""
+        path = []
+        for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
+            losses, adv = [], x
+            for step in range(self.steps + 1):
+                with torch.no_grad():  # in float64 the loss of a sure network is not yet 0
+                    losses.append(cross_entropy(find_logits(self.model(adv)).double(), y))
+                if step < self.steps:
+                    adv = fgsm(self.model, adv, y, self.eps / self.steps)
+            path.append(torch.stack(losses))
+        return list(torch.cat(path, 1))

@@ -1,0 +1,260 @@
+"""CURE as a module: the objective of a training step, `mean loss + gamma * mean penalty`."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from fastcure._curvature import BatchStats, LossAt, attach, check_arguments, check_modes, curvature, evaluate
+from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
+from fastcure._distributed import averaged_once
+from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, unwrap
+from fastcure._microbatch import check_parts, in_parts
+from fastcure._validation import check_fraction, check_positive
+from fastcure.engines import engine_called
+
+SETTINGS = ("h", "gamma", "loss_fn", "power", "engine", "batch_stats", "loss_at", "fraction", "microbatch")
+_wrappers: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""The modules that have each CURE as their `module`, as wrappers do."""
+
+
+class CUREOutput(NamedTuple):
+    """What a step returns; the first three are 0-dim and differentiable in the parameters."""
+
+    total: Tensor
+    """loss + gamma * penalty."""
+    loss: Tensor
+    """Mean loss of the batch, at x or where `loss_at` has it."""
+    penalty: Tensor
+    """Mean penalty of the batch, or of the `fraction` of it that has one."""
+    logits: Tensor
+    """(B, C), detached."""
+
+
+class CURE(nn.Module):
+    """The regularised objective of a model: `CURE(model)(x, y).total.backward()`.
+
+    Its parameters are the model's (and those of a `loss_fn` that is a module), so that
+    `DistributedDataParallel(CURE(model))` works. Save `model.state_dict()`, which knows nothing of CURE.
+
+    Every argument but `model` is an attribute for schedules to set, on the CURE itself: set on a wrapper around it
+    (`ddp.gamma` in place of `ddp.module.gamma`) it raises an error in the next forward.
+
+    Args:
+        model: the network, see `fastcure.curvature`.
+        h: L2 length of the finite step in input units, `> 0`.
+        gamma: weight of the penalty, `>= 0`.
+        loss_fn, power, engine, batch_stats, loss_at: as in `fastcure.curvature`.
+        fraction: share of each batch that has a penalty, in (0, 1]: its first samples, so shuffle. Their mean estimates
+            that of the batch without bias, and gamma means the same. A step costs 3 + 9 `fraction` forward passes
+            (5 + 7 `fraction` with the loss at the step, 3 + 12 `fraction` with "split"). With "train" the two parts
+            are normalised apart, neither of less than two samples, and buffers change by the larger one.
+        microbatch: evaluate this many samples at a time: the same numbers, with the memory of so many. The gradients of
+            `total` are then computed in the forward and only scaled in the backward; `loss` and `penalty` are
+            detached. With `batch_stats="split"` the loss keeps the whole batch, and the penalty alone is divided; with
+            "train", where samples depend on each other, nothing can be.
+
+    Raises:
+        ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when it is set.
+        AttributeError: when an attribute is set whose name is nearly that of one of these, but not quite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        h: float | Tensor = 1.25,
+        gamma: float | Tensor = 4.0,
+        *,
+        loss_fn: LossFn = cross_entropy,
+        power: int = 2,
+        engine: str = "auto",
+        batch_stats: BatchStats = "frozen",
+        loss_at: LossAt = "x",
+        fraction: float = 1.0,
+        microbatch: int | None = None,
+    ) -> None:
+        super().__init__()
+        unwrap(model)
+        engine_called(engine)
+        check_modes(power, batch_stats, loss_at)
+        check_parts(microbatch, batch_stats)
+        self.microbatch = microbatch
+        self.model = model
+        self.loss_fn = loss_fn
+        self.power, self.engine, self.batch_stats, self.loss_at = power, engine, batch_stats, loss_at
+        self.h, self.gamma, self.fraction = h, gamma, fraction
+
+    @property
+    def h(self) -> float | Tensor:
+        """L2 length of the finite step in input units."""
+        return self._h
+
+    @h.setter
+    def h(self, value: float | Tensor) -> None:
+        check_positive("h", value)
+        self._h = value
+
+    @property
+    def gamma(self) -> float | Tensor:
+        """Weight of the penalty."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float | Tensor) -> None:
+        check_positive("gamma", value, zero=True)
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"gamma must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        self._gamma = value
+
+    @property
+    def fraction(self) -> float:
+        """Share of each batch that has a penalty."""
+        return self._fraction
+
+    @fraction.setter
+    def fraction(self, value: float) -> None:
+        check_fraction(value)
+        self._fraction = float(value)
+
+    @property
+    def microbatch(self) -> int | None:
+        """How many samples are evaluated at a time."""
+        return self._microbatch
+
+    @microbatch.setter
+    def microbatch(self, value: int | None) -> None:
+        if value is not None and (value < 1 or value != int(value)):
+            raise ValueError(f"microbatch must be >= 1, or None for the whole batch, got {value}")
+        self._microbatch = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; one that is misspelt would be without effect, and is an error."""
+        if not (name in SETTINGS or name.startswith("_") or hasattr(self, name)):
+            near = get_close_matches(name.lower(), SETTINGS, n=1, cutoff=0.75)
+            if near and not name.startswith(near[0]):
+                raise AttributeError(f"CURE has no setting {name!r}: did you mean {near[0]!r}?")
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
+        """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
+        for wrapper in _wrappers.get(self, ()):
+            refuse_settings_on(wrapper, self)
+        if self.microbatch is not None and self.microbatch < len(x):
+            return self._in_parts(x, y, self.microbatch)
+        some = self._penalised(x)
+        if some < len(x):
+            return self._on_some(x, y, some)
+        out = curvature(
+            self.model,
+            x,
+            y,
+            self.h,
+            loss_fn=self.loss_fn,
+            power=self.power,
+            engine=self.engine,
+            batch_stats=self.batch_stats,
+            loss_at=self.loss_at,
+        )
+        loss, penalty = out.loss.mean(), out.penalty.mean()
+        return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
+
+    def _penalised(self, x: Tensor) -> int:
+        """Return how many samples have a penalty, of which and of the others are enough for batch norms."""
+        least = 2 if self.batch_stats == "train" else 1
+        some = max(least, round(self.fraction * len(x)))
+        return some if self.fraction < 1 and (least == 1 or some + least <= len(x)) else len(x)
+
+    def _on_some(self, x: Tensor, y: Tensor, some: int) -> CUREOutput:
+        """The penalty of the first samples, and the loss of all."""
+        check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
+        model, rest = unwrap(self.model), len(x) - some
+        warn_of_idle_norms(model, self.batch_stats)
+        whole = ModelWithLoss(model, self.loss_fn)(x, y) if self.batch_stats == "split" else None
+        h = self.h if isinstance(self.h, Tensor) and self.h.dim() else None
+
+        def part(penalised: bool, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
+            samples = slice(some) if penalised else slice(some, None)
+            engine, evaluation = evaluate(
+                *(model, x[samples], y[samples], self.h if h is None else h[samples]),
+                loss_fn=self.loss_fn,
+                power=self.power,
+                engine=self.engine,
+                stepped=self.loss_at == "step",
+                batch_norms_train=self.batch_stats == "train",
+                moves=moves,
+                penalised=penalised,
+            )
+            return evaluation.logits, *attach(engine, evaluation)
+
+        if whole is None:  # the part that moves statistics comes last: nothing may fail after it
+            order = (True, False) if some <= rest else (False, True)
+            with regularisation_left_out(model, self.loss_fn, self.engine, self.batch_stats):
+                parts = {penalised: part(penalised, moves=penalised == order[1]) for penalised in order}
+            logits, loss = (torch.cat([parts[True][i], parts[False][i]]) for i in (0, 1))
+            penalty = parts[True][2]
+        else:
+            logits, loss, penalty = whole[0].detach(), whole[1], part(True, moves=False)[2]
+        loss, penalty = averaged_once((model, self.loss_fn), loss.mean(), penalty.mean())
+        return CUREOutput(loss + self.gamma * penalty, loss, penalty, logits)
+
+    def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
+        check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
+        check_parts(microbatch, self.batch_stats)
+        model, split, some = unwrap(self.model), self.batch_stats == "split", self._penalised(x)
+        warn_of_idle_norms(model, self.batch_stats)
+        called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
+        w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / some
+        with regularisation_left_out(model, self.loss_fn, self.engine, self.batch_stats):
+            parts = in_parts(
+                *(model, x, y, self.h, w_loss, w_penalty, microbatch),
+                penalised=some,
+                loss_fn=self.loss_fn,
+                power=self.power,
+                engine=self.engine,
+                stepped=self.loss_at == "step",
+            )
+        penalty = parts.penalty.mean()
+        total, loss, logits = parts.total, parts.loss.mean(), parts.logits
+        if called is not None:
+            loss = called[1].mean()
+            total, loss, logits = total + loss, loss.detach(), called[0].detach()
+        (total,) = averaged_once((model, self.loss_fn), total)
+        return CUREOutput(total, loss, penalty, logits)
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(cure)`."""
+        return (
+            f"h={self.h}, gamma={self.gamma}, power={self.power}, engine={self.engine!r}, "
+            f"batch_stats={self.batch_stats!r}, loss_at={self.loss_at!r}, fraction={self.fraction}"
+        )
+
+
+def refuse_settings_on(wrapper: nn.Module, cure: CURE) -> None:
+    """Raise if settings of `cure` were set on a module around it, where nothing reads them.
+
+    Raises:
+        ValueError: if so, unless the value is that of `cure`.
+    """
+    found = {**vars(wrapper), **wrapper._modules, **wrapper._parameters, **wrapper._buffers}
+    for name in SETTINGS:
+        if name in found and found[name] is not (own := getattr(cure, name)):
+            value = found[name]
+            if isinstance(value, (int, float, str)) and value == own:
+                continue
+            raise ValueError(
+                f"{name} was set to {value!r} on the {type(wrapper).__name__} around CURE, where it has no effect; "
+                f"CURE has {own!r}: set it on CURE itself, wrapper.module.{name} = ..., and del wrapper.{name}"
+            )
+
+
+def _remember(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
+    if name in ("module", "_fsdp_wrapped_module") and isinstance(module, CURE):
+        _wrappers.setdefault(module, WeakSet()).add(wrapper)
+
+
+register_module_module_registration_hook(_remember)

@@ -1,0 +1,1 @@
+"""Counters of arithmetic and memory traffic."""
