@@ -46,18 +46,11 @@ def masked_gradients(y: Tensor, w: Tensor) -> Tensor:
     return torch.autograd.grad(kernels.bias_relu(x), x, w)[0]
 
 
-def seeded() -> torch.Generator:
-    """The same start for both backends."""
-    return torch.Generator(DEVICE).manual_seed(0)
-
-
 CASES = {
     "direction_step": Case(lambda x, g: kernels.direction_step(x, g, 1.25), 2, 3),
     "difference_sqnorm": Case(kernels.difference_sqnorm, 2, 2),
     "linf_step": Case(lambda a, g, x: kernels.linf_step(a, g, x, 0.01, 0.03, *BOUNDS), 3, 4),
     "l2_step": Case(lambda a, g, x: kernels.l2_step(a, g, x, 0.1, 0.5, *BOUNDS), 3, 4),
-    "linf_start": Case(lambda x: kernels.linf_start(x, 0.03, *BOUNDS, generator=seeded()), 1, 2),
-    "l2_start": Case(lambda x: kernels.l2_start(x, 0.5, *BOUNDS, generator=seeded()), 1, 2),
     "bias_relu": Case(lambda x: kernels.bias_relu(x, x.new_ones(CHANNELS)), 1, 2),
     "bias_relu, residual": Case(lambda x, r: kernels.bias_relu(x, x.new_ones(CHANNELS), r), 2, 3),
     "bias_relu, forward and backward": Case(masked_gradients, 2, 5),

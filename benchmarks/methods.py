@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from fastcure_kernels import linf_start
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE
 from fastcure._functional import Objective, cross_entropy, evaluation_mode
 from fastcure.attacks import pgd
+from fastcure.attacks._random_start import uniform_in_ball
 from fastcure.engines import ENGINES
 
 RS_STEP = 1.25
@@ -119,7 +119,7 @@ def adversarial(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: 
 def cure(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment) -> float:
     """The curvature penalty, with the loss at x, at x + h z or between."""
     if recipe.noise:
-        x = linf_start(x, recipe.noise * moment.eps, 0.0, 1.0, generator=moment.generator)
+        x = uniform_in_ball(x, recipe.noise * moment.eps, "linf", (0.0, 1.0), moment.generator)
     if recipe.every == 1 and recipe.mix in (0, 1) and not recipe.adaptive:
         objective = CURE(
             *(model, moment.h, moment.gamma),

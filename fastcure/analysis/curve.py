@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fastcure._inference import outside_inference_mode
 from fastcure._validation import Bounds, check_images, check_labels, check_pixels
 from fastcure.attacks import pgd
-from fastcure.attacks._arguments import check_bounds
-from fastcure.attacks._gradient import Norm
+from fastcure.attacks._arguments import Norm, check_bounds
 from fastcure.evaluation.accuracy import accuracy, batches, right
 
 

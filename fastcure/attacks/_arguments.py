@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from fastcure._validation import Bounds, check_pixels, outside
+
+Norm = Literal["linf", "l2"]
 
 
 def check_counts(**counts: int) -> None:

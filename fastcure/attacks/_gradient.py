@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from fastcure_kernels import l2_start, l2_step, linf_start, linf_step
+from fastcure_kernels import l2_step, linf_step
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack, takes_logits
@@ -16,11 +16,10 @@ from fastcure._functional import LossFn, Objective, cross_entropy, evaluation_mo
 from fastcure._inference import outside_inference_mode
 from fastcure._recorder import CudaRecorder
 from fastcure._validation import Bounds, check_batch, check_labels, check_pixels, check_positive
-from fastcure.attacks._arguments import check_bounds, check_counts, check_result, hard_labels, has_nan, rowwise
+from fastcure.attacks._arguments import Norm, check_bounds, check_counts, check_result, hard_labels, has_nan, rowwise
 from fastcure.attacks._margin import margin_loss
+from fastcure.attacks._random_start import uniform_in_ball
 from fastcure.attacks._replay import REPLAYED
-
-Norm = Literal["linf", "l2"]
 
 
 def fgsm(
@@ -81,7 +80,7 @@ def pgd(
             the one of higher (targeted: lower) loss.
         random_start: start at a uniform point of the ball; False starts at x.
         bounds: range of pixel values.
-        generator: source of the random starts, on the CPU or x's device; torch's default if None.
+        generator: source of the random starts, on any device; torch's default for x's device if None.
         loss_fn: `(logits, y) -> (B,)`, such as `margin_loss`.
         targeted: descend the loss towards the classes `y`; success is to be classified as them.
         cuda_graph: on a GPU, capture the step once for each model and shape and replay it: for small batches, where
@@ -115,7 +114,7 @@ def pgd(
         check_pixels(x, bounds)
     if cuda_graph and not x.is_cuda and REPLAYED.recorder is CudaRecorder:
         raise ValueError(f"cuda_graph=True wants tensors on cuda, got {x.device}: leave it out")
-    start, move = (linf_start, linf_step) if norm == "linf" else (l2_start, l2_step)
+    move = linf_step if norm == "linf" else l2_step
     step = -step_size if targeted else step_size
     model = unwrap(model)
     objective = Objective(model, loss_fn, trainable=False)
@@ -132,7 +131,7 @@ def pgd(
         if cuda_graph:
             advance = REPLAYED.of(objective, one_step, (norm, bounds), x, y, step, eps)
         for _ in range(restarts):
-            adv = start(x, eps, *bounds, generator=generator) if random_start else x
+            adv = uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
             for _ in range(steps):
                 adv = advance(adv)
             adv = adv.clone() if cuda_graph else adv

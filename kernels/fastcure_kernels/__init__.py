@@ -3,9 +3,7 @@
 from .bias_relu import bias_relu
 from .difference_sqnorm import difference_sqnorm
 from .direction_step import direction, direction_step
-from .l2_start import l2_start
 from .l2_step import l2_step
-from .linf_start import linf_start
 from .linf_step import linf_step
 
 __all__ = [
@@ -13,8 +11,6 @@ __all__ = [
     "difference_sqnorm",
     "direction",
     "direction_step",
-    "l2_start",
     "l2_step",
-    "linf_start",
     "linf_step",
 ]

@@ -28,9 +28,7 @@ KERNELS = {  # kernel, and a word where there are several of it -> its launch op
     "difference_sqnorm._forward_kernel": reduction_launch(150528),
     "difference_sqnorm._backward_kernel": ELEMENTWISE,
     "linf_step._linf_step_kernel": ELEMENTWISE,
-    "linf_start._linf_start_kernel": ELEMENTWISE,
     "l2_step._l2_step_kernel": reduction_launch(150528),
-    "l2_start._l2_start_kernel": reduction_launch(150528),
 }
 ARITHMETIC_POINTERS = {"h_ptr", "w_ptr", "eps_ptr", "step_ptr"}  # of the dtype of the arithmetic, not the data's
 
@@ -47,8 +45,6 @@ def signature(name, dtype, options):
     for arg in fn.arg_names:
         if arg in constants:
             types[arg] = "constexpr"
-        elif arg == "seed_ptr":
-            types[arg] = "*i64"
         elif arg in ARITHMETIC_POINTERS or (arg == "out_ptr" and name.startswith("difference_sqnorm")):
             types[arg] = f"*{wide}"
         else:
