@@ -10,8 +10,8 @@ from robustness_grid import MAIN
 from robustness_table import Row
 
 INTRODUCTION = """\
-Written by `python benchmarks/robustness.py --plot` from the rows in `robustness.csv`; [the study](../../docs/study.md)
-says what was done, and what follows from it. Accuracies are in percent, on the first test images (their number is in
+Written by `python benchmarks/robustness.py --plot` from the rows in `robustness.csv`; `docs/study.md` describes the runs
+and discusses the results. Accuracies are in percent, on the first test images (their number is in
 the rows); of several seeds the mean, with the worst and the best in brackets. One F is a forward pass of one image.
 Times are those of a machine that did other work besides, and so are no benchmark."""
 

@@ -12,10 +12,10 @@ STUDY = TESTS.parent / "docs" / "study.md"
 BEHAVIOUR = TESTS.parent / "docs" / "behaviour.md"
 
 
-def test_the_tables_of_the_study_are_those_of_its_rows() -> None:
-    table = Table(RESULTS / "robustness.csv")
-    assert (RESULTS / "robustness.md").read_text() == summary(table.rows) + "\n"
-    assert overview(table.rows) in STUDY.read_text()
+def test_the_table_of_the_study_is_that_of_its_rows() -> None:
+    rows = Table(RESULTS / "robustness.csv").rows
+    assert overview(rows) in STUDY.read_text()
+    assert overview(rows) in summary(rows)
 
 
 def test_every_test_that_is_named_exists() -> None:
