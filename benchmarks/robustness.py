@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--cifar10-jpeg", type=Path, help=f"the file of {JPEG}")
     parser.add_argument("--out", type=Path, default=FOLDER / "robustness.csv")
-    parser.add_argument("--cache", type=Path, default=Path("runs/robustness"), help="folder of trained weights and of the tables")
+    parser.add_argument("--cache", type=Path, default=Path("runs/robustness"), help="trained weights and tables")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", action="store_true", help="show what is there, and run nothing")
     parser.add_argument("--check-row", type=int, metavar="N", help="do the run of the Nth row again, and compare")

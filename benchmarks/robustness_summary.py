@@ -10,10 +10,10 @@ from robustness_grid import MAIN
 from robustness_table import Row
 
 INTRODUCTION = """\
-Written by `python benchmarks/robustness.py --plot` from the rows in `robustness.csv`; `docs/study.md` describes the runs
-and discusses the results. Accuracies are in percent, on the first test images (their number is in
-the rows); of several seeds the mean, with the worst and the best in brackets. One F is a forward pass of one image.
-Times are those of a machine that did other work besides, and so are no benchmark."""
+Written by `python benchmarks/robustness.py --plot` from the rows in `robustness.csv`; `docs/study.md` describes the
+runs and discusses the results. Accuracies are in percent, on the first test images (their number is in the rows); of
+several seeds the mean, with the worst and the best in brackets. One F is a forward pass of one image. Times are those
+of a machine that did other work besides, and so are no benchmark."""
 
 OVERVIEW = """\
 The main methods, PGD-20 x 5 with the settings that validation images chose, means over seeds, by training compute; and
