@@ -122,7 +122,7 @@ def pgd(
     x = x.detach()
 
     def one_step(objective: Objective, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
-        return move(adv, _input_gradient(objective, adv, y), x, step, eps, *bounds)
+        return move(adv, attack_gradient(objective, adv, y), x, step, eps, *bounds)
 
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -145,7 +145,8 @@ def pgd(
     return adv if best is None else best.adv
 
 
-def _input_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
+def attack_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of the loss at images `x` `(B, ...)`; NaN where the loss is."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         loss = objective(point, y)[1]

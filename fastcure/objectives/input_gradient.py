@@ -1,0 +1,62 @@
+"""Input-gradient regularisation: the squared norm of the loss's gradient in the images as the penalty."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, input_gradient, unwrap
+from fastcure._validation import check_images, check_positive
+from fastcure.objectives.base import Objective, ObjectiveOutput
+from fastcure.rules import double_backward
+
+
+class InputGradient(Objective):
+    """`l(x, y) + gamma ||dl/dx||_2^2`, by double backpropagation: the first-order relative of CURE.
+
+    Drucker, Le Cun, "Improving generalization performance using double backpropagation", IEEE Transactions on Neural
+    Networks 3 (6), 1992; for robustness Ross, Doshi-Velez, "Improving the Adversarial Robustness and Interpretability
+    of Deep Neural Networks by Regularizing their Input Gradients", AAAI 2018. It runs under
+    `fastcure.double_backward()`.
+
+    Args:
+        model, loss_fn, batch_stats: as in `Objective`.
+        gamma: weight of the penalty, `>= 0`.
+
+    Raises:
+        ValueError: if `gamma` is out of range, here and when it is set.
+    """
+
+    title = "input gradients"
+    settings = ("gamma", "loss_fn", "batch_stats")
+    scheduled = ("gamma",)
+
+    def __init__(
+        self, model: nn.Module, gamma: float = 1.0, *, loss_fn: LossFn = cross_entropy, batch_stats: str = "train"
+    ) -> None:
+        super().__init__(model, loss_fn, batch_stats)
+        self.gamma = gamma
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the penalty."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: float) -> None:
+        check_positive("gamma", value, zero=True)
+        self._gamma = value
+
+    @property
+    def cost(self) -> float:
+        """A forward, the gradient of the images, and a backward through both."""
+        return 6.0
+
+    def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> ObjectiveOutput:
+        """Evaluate loss, penalty and logits at x; see `Objective.forward`."""
+        check_images(x)
+        point = x.detach().requires_grad_()
+        with self.passes(), double_backward():
+            logits, losses = ModelWithLoss(unwrap(self.model), self.loss_fn)(point, y)
+            g = input_gradient(losses, point, create_graph=True)
+        loss, penalty = losses.mean(), g.square().flatten(1).sum(1).mean()
+        return ObjectiveOutput(loss + self.gamma * penalty, loss, penalty, logits.detach())
