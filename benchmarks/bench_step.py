@@ -17,9 +17,7 @@ from timing import medians, peak_mib
 from torch import Tensor, nn
 from workloads import DEVICE, WORKLOADS, Workload, without_tf32
 
-from fastcure import curvature, engines
-from fastcure.engines.auto import Auto
-from fastcure.engines.compile import Compile
+from fastcure import curvature
 from fastcure.profiling.flops import FlopCounter
 
 ROWS: list[dict[str, object]] = []
@@ -60,12 +58,11 @@ def forwards(model: nn.Module, x: Tensor, y: Tensor, step: Step) -> float:
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def test_steps(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
     torch._dynamo.reset()  # eight programs a code object, and all ResNets share theirs
-    engines.ENGINES["auto"] = Auto(Compile(), hot=0.0)  # as it is after some minutes of work on one shape
     model, x, y = workload.build()
     for engine in ENGINES:
         check(model, x, y, engine)
     steps = contenders(workload)
-    unseen = ("compile", "graph", "auto")
+    unseen = ("compile", "graph")
     cost = {t: 0.0 if any(w in t for w in unseen) else forwards(model, x, y, step) for t, step in steps.items()}
 
     def in_precision(step: Step) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE
-from fastcure._functional import Objective, cross_entropy, evaluation_mode
+from fastcure._functional import FunctionalLoss, cross_entropy, evaluation_mode
 from fastcure.attacks import pgd
 from fastcure.attacks._random_start import uniform_in_ball
-from fastcure.engines import ENGINES
+from fastcure.engines import ENGINES, Request
 
 RS_STEP = 1.25
 """Step of FGSM with a random start, in eps (Wong et al., ICLR 2020)."""
@@ -199,14 +199,14 @@ def penalise(
 ) -> float:
     """Add the gradients of `w_loss * loss + gamma * penalty`: sums over x divided by `count`, gamma by its share."""
     engine, training = ENGINES[recipe.engine], recipe.batch_stats == "train"
-    objective = Recorded(model, moving=model.modules() if training and w_loss > 0 else ())
+    functional = Recorded(model, moving=model.modules() if training and w_loss > 0 else ())
     with torch.enable_grad(), warnings.catch_warnings(), nullcontext() if training else evaluation_mode(model):
         warnings.simplefilter("ignore")  # what the first-order engine says of kinks is what is measured here
-        found = engine.forward(objective, x, y, moment.h, power=recipe.power, direction=None, differentiable=True)
-    objective.move_buffers()
+        found = engine.forward(Request(functional, x, y, moment.h, power=recipe.power))
+    functional.move_buffers()
     state = found.state
     if recipe.mix:
-        first, second = objective.losses
+        first, second = functional.losses
         state = state._replace(loss=torch.lerp(first, second, recipe.mix))
     penalty = found.penalty.mean()
     gamma = moment.gamma * recipe.every * count / len(x)
@@ -221,7 +221,7 @@ def penalise(
     return float(penalty)
 
 
-class Recorded(Objective):
+class Recorded(FunctionalLoss):
     """Keeps the losses of its passes."""
 
     def __init__(self, model: nn.Module, *, moving: Iterable[nn.Module]) -> None:

@@ -9,16 +9,18 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from fastcure._curvature import BatchStats, check_modes, evaluate
+from fastcure._batch import Options, Part, evaluate
+from fastcure._defaults import BATCH_STATS, BatchStats
 from fastcure._folding.layers import FOLDS, NORMS, folds_of
 from fastcure._folding.prepare import find, fuse
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, find_logits, unwrap
+from fastcure.engines import ENGINES
 from fastcure.engines.compile import has_compiler
 from fastcure.objectives.cure import CURE
 
 
 def explain(
-    model: nn.Module, x: Tensor | None = None, y: Tensor | None = None, *, batch_stats: BatchStats = "frozen"
+    model: nn.Module, x: Tensor | None = None, y: Tensor | None = None, *, batch_stats: BatchStats = BATCH_STATS
 ) -> str:
     """Say which engine runs `model` and why, and what becomes of each batch norm.
 
@@ -35,7 +37,7 @@ def explain(
         engine, batch_stats = model.engine, model.batch_stats
         loss_fn = None if y is None else model.loss_fn
         model = model.model
-    check_modes(2, batch_stats, "x")
+    Options(batch_stats=batch_stats)
     inner = unwrap(model)
     names = {module: name for name, module in inner.named_modules()}
     norms = _norms(inner, names, batch_stats)
@@ -58,7 +60,8 @@ def _engine(model: nn.Module, engine: str, batch_stats: str, error: str = "") ->
         return f"engine: {engine}, as asked"
     line = "engine: eager (exact, and it needs nothing but operators with a double backward)"
     cpu = next((p.device.type for p in model.parameters()), "cpu") == "cpu"
-    return line + "; compiled after some minutes of work on one shape, if it can be" * (cpu and batch_stats != "train")
+    faster = '; engine="compile" is 4 to 20 % faster here, after a compilation of minutes'
+    return line + faster * (cpu and batch_stats != "train")
 
 
 def _engines(tried: dict[str, str], x: Tensor, batch_stats: str) -> list[str]:
@@ -84,7 +87,7 @@ def _engines(tried: dict[str, str], x: Tensor, batch_stats: str) -> list[str]:
     return [f"  engine {name}: {said[name] or runs[name]}" for name in said]
 
 
-def _tried(model: nn.Module, x: Tensor, y: Tensor | None, loss_fn: LossFn, batch_stats: str) -> dict[str, str]:
+def _tried(model: nn.Module, x: Tensor, y: Tensor | None, loss_fn: LossFn, batch_stats: BatchStats) -> dict[str, str]:
     """Take a step with each engine that takes no preparation, and no trace of it stays.
 
     Returns:
@@ -102,14 +105,10 @@ def _tried(model: nn.Module, x: Tensor, y: Tensor | None, loss_fn: LossFn, batch
             warnings.simplefilter("always")
             try:
                 with torch.enable_grad():
-                    chosen, step = evaluate(
-                        *(model, x, y, 0.01 * x[0].numel() ** 0.5),
-                        loss_fn=loss_fn,
-                        power=2,
-                        engine=engine,
-                        batch_norms_train=batch_stats == "train" and engine != "first_order",
-                        moves=False,
-                    )
+                    stats = batch_stats if ENGINES[engine].training_norms else BATCH_STATS
+                    options = Options(loss_fn, engine=engine, batch_stats=stats)
+                    part = Part(slice(0, len(x)), updates_buffers=False)
+                    chosen, step = evaluate(model, x, y, 0.01 * x[0].numel() ** 0.5, options, part)
                 if step.parameters:
                     ones = torch.ones_like(step.loss)
                     chosen.backward(step.state, ones, ones, retain=False)

@@ -62,7 +62,7 @@ class ModelWithLoss(nn.Module):
         return logits, loss
 
 
-class Objective:
+class FunctionalLoss:
     """`(x, y) -> (logits, loss)` of a model, free of side effects.
 
     Parameters are replaced by aliases, leaves of their own that share memory, so that the passes of the penalty

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._folding.layers import folds_of
-from fastcure._functional import Objective
+from fastcure._functional import FunctionalLoss
 from fastcure._weak import weakly
 
 Tensors = Sequence[Tensor | None]
@@ -72,23 +72,23 @@ class Captures(Generic[Capture]):
         self._kept: WeakKeyDictionary[nn.Module, dict[Any, Capture]] = WeakKeyDictionary()
 
     def find(
-        self, objective: Objective, x: Tensor, y: Tensor, settings: tuple[Any, ...], record: Callable[[], Capture]
+        self, functional: FunctionalLoss, x: Tensor, y: Tensor, settings: tuple[Any, ...], record: Callable[[], Capture]
     ) -> Capture:
         """Return the capture of a step, or what `record` makes if there is none.
 
         Args:
-            objective: of the model.
+            functional: of the model.
             x, y: of the step.
             settings: all that the step depends on besides these and autocast, hashable.
             record: makes a capture.
         """
-        kept, device = self._kept.setdefault(objective.model, {}), x.device.type
+        kept, device = self._kept.setdefault(functional.model, {}), x.device.type
         key = (
-            *(*settings, weakly(objective.module.loss_fn)),
-            *((weakly(fold.layer), weakly(fold.norm), fold.fused) for fold in folds_of(objective.model)),
+            *(*settings, weakly(functional.module.loss_fn)),
+            *((weakly(fold.layer), weakly(fold.norm), fold.fused) for fold in folds_of(functional.model)),
             *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             *((t.shape, t.stride(), t.dtype, t.device) for t in (x, y)),
-            *addresses(objective),
+            *addresses(functional),
         )
         if key not in kept:
             while len(kept) >= SHAPES:
@@ -97,12 +97,12 @@ class Captures(Generic[Capture]):
         return kept[key]
 
 
-def addresses(objective: Objective) -> tuple[Any, ...]:
+def addresses(functional: FunctionalLoss) -> tuple[Any, ...]:
     """Return what a capture knows its tensors by: which they are, how they lie in memory, and which are trained."""
-    parameters = [(id(p), p.data_ptr(), p.shape, p.stride(), p.requires_grad) for p in objective.module.parameters()]
-    return *parameters, *((b.shape, b.dtype) for b in buffers(objective))
+    parameters = [(id(p), p.data_ptr(), p.shape, p.stride(), p.requires_grad) for p in functional.module.parameters()]
+    return *parameters, *((b.shape, b.dtype) for b in buffers(functional))
 
 
-def buffers(objective: Objective) -> list[Tensor]:
-    """Return the copies of buffers that `objective` reads; unlike its parameters, they do not follow the model's."""
-    return [objective.state[name] for name, _ in objective.module.named_buffers()]
+def buffers(functional: FunctionalLoss) -> list[Tensor]:
+    """Return the copies of buffers that `functional` reads; unlike its parameters, they do not follow the model's."""
+    return [functional.state[name] for name, _ in functional.module.named_buffers()]

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from fastcure._functional import Objective
+from fastcure._functional import FunctionalLoss
 
 SLACK = 1e-3
 """By which resampling may leave [0, 1]."""
@@ -20,7 +20,7 @@ _small_steps: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def first_batch(objective: Objective, x: Tensor, y: Tensor) -> Iterator[None]:
+def first_batch(functional: FunctionalLoss, x: Tensor, y: Tensor) -> Iterator[None]:
     """Around the passes of the penalty: examine the first batch that a model sees, and no other.
 
     A look at values makes the host wait for the device, hence once; while a CUDA graph is captured, not even that.
@@ -28,15 +28,15 @@ def first_batch(objective: Objective, x: Tensor, y: Tensor) -> Iterator[None]:
     Raises:
         ValueError: if the model draws random numbers in evaluation mode, and its logits depend on them.
     """
-    if objective.model in _seen or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if functional.model in _seen or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         yield
         return
     warn_of_range(x)
     before = random_states(x)
     yield
     if not all(map(torch.equal, before, random_states(x))):
-        refuse_randomness(objective, x, y)
-    _seen.add(objective.model)
+        refuse_randomness(functional, x, y)
+    _seen.add(functional.model)
 
 
 def warn_of_range(x: Tensor) -> None:
@@ -50,10 +50,10 @@ def warn_of_range(x: Tensor) -> None:
         )
 
 
-def refuse_randomness(objective: Objective, x: Tensor, y: Tensor) -> None:
+def refuse_randomness(functional: FunctionalLoss, x: Tensor, y: Tensor) -> None:
     """Raise if two passes in evaluation mode differ: so do g(x) and g(x + h z), whatever the curvature is."""
     with torch.no_grad():
-        first, second = (objective(x, y)[0].float() for _ in range(2))
+        first, second = (functional(x, y)[0].float() for _ in range(2))
     difference = float((first - second).norm() / first.norm())
     if difference > 1e-3:
         raise ValueError(

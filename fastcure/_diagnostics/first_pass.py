@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_batch import random_states
-from fastcure._functional import LossFn, Objective
+from fastcure._functional import FunctionalLoss, LossFn
 from fastcure._validation import outside
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -28,24 +28,24 @@ _probabilities: WeakSet[nn.Module] = WeakSet()
 _ranges: WeakSet[nn.Module] = WeakSet()
 
 
-def look_before_attack(objective: Objective, x: Tensor, *, logits: bool = True) -> None:
-    """Have the first pass of `objective` examined, once a model, so that the host waits for a GPU once.
+def look_before_attack(functional: FunctionalLoss, x: Tensor, *, logits: bool = True) -> None:
+    """Have the first pass of `functional` examined, once a model, so that the host waits for a GPU once.
 
     Args:
-        objective: of the attack; its first call is examined.
+        functional: of the attack; its first call is examined.
         x: images of the attack.
         logits: whether the loss wants logits.
 
     Warns:
         UserWarning: within that call, if the model returns probabilities, or is random in evaluation mode.
     """
-    if objective.model in _attacked or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if functional.model in _attacked or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
 
     def judge(output: Tensor, difference: float) -> None:
-        _attacked.add(objective.model)
+        _attacked.add(functional.model)
         if logits:
-            warn_of_probabilities(objective.model, output)
+            warn_of_probabilities(functional.model, output)
         if difference > 1e-3:
             warn(
                 f"the model is random in evaluation mode: logits differ by {difference:.1%} between two passes, so the "
@@ -53,14 +53,14 @@ def look_before_attack(objective: Objective, x: Tensor, *, logits: bool = True) 
                 "training=self.training, or attack the mean of several passes"
             )
 
-    _examine(objective, x, judge)
+    _examine(functional, x, judge)
 
 
-def look_before_measure(objective: Objective, x: Tensor, *, logits: bool = True, pixels: bool = True) -> None:
-    """Have the first pass of `objective` examined, in every measurement.
+def look_before_measure(functional: FunctionalLoss, x: Tensor, *, logits: bool = True, pixels: bool = True) -> None:
+    """Have the first pass of `functional` examined, in every measurement.
 
     Args:
-        objective: of the measure; its first call is examined.
+        functional: of the measure; its first call is examined.
         x: images of the measure.
         logits: whether the loss wants logits.
         pixels: whether to look at the range of x.
@@ -71,8 +71,8 @@ def look_before_measure(objective: Objective, x: Tensor, *, logits: bool = True,
     Raises:
         ValueError: within that call, if the model is random in evaluation mode.
     """
-    if pixels and objective.model not in _ranges and bool(outside(x, (0.0, 1.0)).any()):
-        _ranges.add(objective.model)
+    if pixels and functional.model not in _ranges and bool(outside(x, (0.0, 1.0)).any()):
+        _ranges.add(functional.model)
         low, high = (float(value) for value in x.aminmax())
         warn(
             f"pixels should be in [0, 1], got {low:.4g}..{high:.4g}: curvature and lengths are in units of the input; "
@@ -81,7 +81,7 @@ def look_before_measure(objective: Objective, x: Tensor, *, logits: bool = True,
 
     def judge(output: Tensor, difference: float) -> None:
         if logits:
-            warn_of_probabilities(objective.model, output)
+            warn_of_probabilities(functional.model, output)
         if difference > max(1e-5, torch.finfo(output.dtype).eps):
             raise ValueError(
                 f"the model is random in evaluation mode: logits differ by {difference:.1e} of their size between two "
@@ -89,7 +89,7 @@ def look_before_measure(objective: Objective, x: Tensor, *, logits: bool = True,
                 "training=self.training, or use nn.Dropout"
             )
 
-    _examine(objective, x, judge)
+    _examine(functional, x, judge)
 
 
 def warn_of_probabilities(model: nn.Module, logits: Tensor) -> None:
@@ -130,7 +130,7 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def _examine(objective: Objective, x: Tensor, judge: Callable[[Tensor, float], None]) -> None:
+def _examine(functional: FunctionalLoss, x: Tensor, judge: Callable[[Tensor, float], None]) -> None:
     """Have `judge` called with the logits of the first pass, and by how much those of other passes differ."""
     states: list[Tensor] = []
 
@@ -141,14 +141,14 @@ def _examine(objective: Objective, x: Tensor, judge: Callable[[Tensor, float], N
         for handle in handles:
             handle.remove()
         drawn = not all(map(torch.equal, states, random_states(x)))
-        judge(output[0].detach(), _difference(objective, *inputs) if drawn else 0.0)
+        judge(output[0].detach(), _difference(functional, *inputs) if drawn else 0.0)
 
-    module = objective.module
+    module = functional.module
     handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after))
 
 
-def _difference(objective: Objective, x: Tensor, y: Tensor) -> float:
+def _difference(functional: FunctionalLoss, x: Tensor, y: Tensor) -> float:
     """Return by how much the logits of two passes differ, relative to their size; it draws nothing for others."""
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        first, second = (objective(x.detach(), y)[0].double() for _ in range(2))
+        first, second = (functional(x.detach(), y)[0].double() for _ in range(2))
     return float((first - second).norm() / first.norm())

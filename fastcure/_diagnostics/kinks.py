@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastcure._functional import Objective, graph_nodes
+from fastcure._functional import FunctionalLoss, graph_nodes
 
 ALWAYS = re.compile(
     r"(Relu|LeakyRelu|PreluKernel|RreluWithNoise|Hardtanh|Hardsigmoid|Hardswish|Threshold|Softshrink|Hardshrink"
@@ -33,24 +33,24 @@ SAMPLES, PARTS, TIMES = 4, 16, 6
 _examined: WeakSet[nn.Module] = WeakSet()
 
 
-def warn_of_kinks(objective: Objective, loss: Tensor, x: Tensor, step: Tensor, y: Tensor) -> None:
+def warn_of_kinks(functional: FunctionalLoss, loss: Tensor, x: Tensor, step: Tensor, y: Tensor) -> None:
     """Warn, once a model, if the gradient jumps in the model or its loss.
 
     Args:
-        objective: the model and its loss.
+        functional: the model and its loss.
         loss: `(B,)`, with its graph.
         x: `(B, ...)` images.
         step: `(B, ...)`, x + h z.
         y: labels.
     """
-    if objective.model in _examined:
+    if functional.model in _examined:
         return
-    _examined.add(objective.model)
+    _examined.add(functional.model)
     nodes = graph_nodes(loss)
     names = _names(nodes, ALWAYS) | {"Elu" for node in nodes if _is_selu(node)}
     if not names:
         try:
-            jumps = jumps_between(objective, x, step, y)
+            jumps = jumps_between(functional, x, step, y)
         except Exception:  # of the model: not every one takes float64, or another number of images
             jumps = bool(_names(nodes, PERHAPS))
         if not jumps:
@@ -64,14 +64,14 @@ def warn_of_kinks(objective: Objective, loss: Tensor, x: Tensor, step: Tensor, y
     )
 
 
-def jumps_between(objective: Objective, x: Tensor, step: Tensor, y: Tensor) -> bool:
+def jumps_between(functional: FunctionalLoss, x: Tensor, step: Tensor, y: Tensor) -> bool:
     """Tell whether the gradient jumps between `x` and `step` `(B, ...)`, by float64 values for the first samples.
 
     A jump counts if it is a thousandth of what the gradient changes on the way.
     """
     start, y = x[:SAMPLES].double(), y[:SAMPLES]
     way = step[:SAMPLES].detach().double() - start
-    state = {name: t.detach().double() if t.is_floating_point() else t for name, t in objective.state.items()}
+    state = {name: t.detach().double() if t.is_floating_point() else t for name, t in functional.state.items()}
 
     def slopes(t: Tensor) -> Tensor:
         """Slopes of the loss `(n, m)` along the way at `t` `(n, m)`, fractions of it."""
@@ -79,7 +79,7 @@ def jumps_between(objective: Objective, x: Tensor, step: Tensor, y: Tensor) -> b
         labels, found = y.repeat_interleave(t.shape[1], 0), []
         for part, of_part in zip(points.flatten(0, 1).split(size), labels.split(size), strict=True):
             point = part.detach().requires_grad_()
-            loss = functional_call(objective.module, state, (point, of_part))[1]
+            loss = functional_call(functional.module, state, (point, of_part))[1]
             found.append(torch.autograd.grad(loss.sum(), point)[0])
         return (torch.cat(found).view_as(points) * way[:, None]).flatten(2).sum(2)
 

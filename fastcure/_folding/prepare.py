@@ -25,7 +25,7 @@ from fastcure._folding.layers import (
 from fastcure._folding.pending import RELU, OverwrittenError, Pending
 from fastcure._functional import check_initialised, evaluation_mode, unwrap
 from fastcure._validation import check_images, inside_transform
-from fastcure.engines.autograd import twice_differentiable
+from fastcure.engines.base import twice_differentiable
 from fastcure.objectives.cure import CURE
 
 

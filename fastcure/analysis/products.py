@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastcure._diagnostics.first_pass import look_before_measure, takes_logits
 from fastcure._folding.layers import folded_layers
-from fastcure._functional import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
+from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, input_gradient, unwrap
 from fastcure._one_thread import one_thread
 from fastcure._validation import check_batch, check_labels, check_positive
 from fastcure.rules import double_backward
@@ -34,7 +34,7 @@ class Products:
     Finite: `||v|| (g(x + h v / ||v||) - g(x)) / h`, which is neither linear in v nor symmetric.
 
     Args:
-        objective: the model in evaluation mode, with its loss.
+        functional: the model in evaluation mode, with its loss.
         x: `(G, ...)` images.
         y: their labels.
         copies: vectors a sample that go through the model together.
@@ -49,9 +49,17 @@ class Products:
     """(G, N), g(x)."""
 
     def __init__(
-        self, objective: Objective, x: Tensor, y: Tensor, *, copies: int, h: Tensor | None, graph: bool, first: int = 0
+        self,
+        functional: FunctionalLoss,
+        x: Tensor,
+        y: Tensor,
+        *,
+        copies: int,
+        h: Tensor | None,
+        graph: bool,
+        first: int = 0,
     ) -> None:
-        self._objective, self._x, self._y, self._h, self._first = objective, x, y, h, first
+        self._functional, self._x, self._y, self._h, self._first = functional, x, y, h, first
         self._copies = copies
         repeats = copies if graph else 1
         self._point, loss, self._g = self._differentiate(_repeat(x, repeats), _repeat(y, repeats), graph)
@@ -93,9 +101,9 @@ class Products:
 
     def _differentiate(self, x: Tensor, y: Tensor, graph: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the points, their losses and their input gradients, of which only the last may have a graph."""
-        with torch.enable_grad(), _second_derivatives(self._objective.model) if graph else nullcontext():
+        with torch.enable_grad(), _second_derivatives(self._functional.model) if graph else nullcontext():
             point = x.detach().requires_grad_()
-            loss = (Twice(self._objective) if graph else self._objective)(point, y)[1]
+            loss = (Twice(self._functional) if graph else self._functional)(point, y)[1]
             g = input_gradient(loss, point, create_graph=graph)
         return point, loss.detach(), g
 
@@ -163,15 +171,15 @@ def by_samples(
     """
     model = unwrap(model)
     loss_fn = _wide_cross_entropy if loss_fn is cross_entropy else loss_fn
-    objective = Objective(model, loss_fn, trainable=False)
-    look_before_measure(objective, x, logits=takes_logits(loss_fn))
+    functional = FunctionalLoss(model, loss_fn, trainable=False)
+    look_before_measure(functional, x, logits=takes_logits(loss_fn))
     lengths = None if h is None else torch.as_tensor(h, dtype=torch.float64, device=x.device).expand(len(x))
     parts: Iterable[slice] = [slice(i, min(i + samples, len(x))) for i in range(0, len(x), samples)]
     with one_thread(model, loss_fn), evaluation_mode(model, loss_fn):
         results = [
             measure(
                 Products(
-                    objective,
+                    functional,
                     x[part],
                     y[part],
                     copies=copies,

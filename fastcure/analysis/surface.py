@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_measure, takes_logits
-from fastcure._functional import LossFn, Objective, cross_entropy, evaluation_mode, unwrap
+from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, unwrap
 from fastcure._inference import outside_inference_mode
 from fastcure._validation import Bounds, check_pixels, check_positive
 from fastcure.analysis.products import check_measurement
@@ -90,14 +90,14 @@ def loss_surface(
 
     axis = torch.linspace(-span, span, points, dtype=x.dtype, device=x.device)
     axis[points // 2] = 0.0
-    objective = Objective(model, loss_fn, trainable=False)
-    look_before_measure(objective, x, logits=takes_logits(loss_fn), pixels=False)
+    functional = FunctionalLoss(model, loss_fn, trainable=False)
+    look_before_measure(functional, x, logits=takes_logits(loss_fn), pixels=False)
     flat, losses = x.flatten(1), []
     with torch.no_grad(), evaluation_mode(model, loss_fn):
         for index in torch.arange(len(x) * points**2, device=x.device).split(chunk_size):
             sample, a, b = index // points**2, index // points % points, index % points
             at = flat[sample] + axis[a, None] * first[sample] + axis[b, None] * second[sample]
-            losses.append(objective(at.view(-1, *x.shape[1:]), y[sample])[1])
+            losses.append(functional(at.view(-1, *x.shape[1:]), y[sample])[1])
     values = -torch.cat(losses).view(len(x), points, points)
     if not bool(values.isfinite().all()):
         i = int((~values.isfinite()).flatten(1).any(1).nonzero()[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack
-from fastcure._functional import Objective, evaluation_mode, unwrap
+from fastcure._functional import FunctionalLoss, evaluation_mode, unwrap
 from fastcure._inference import outside_inference_mode
 from fastcure._validation import check_batch, check_classes, check_labels, check_pixels, check_positive
 from fastcure.attacks._arguments import Norm, check_counts, check_numbers, hard_labels, has_no_class
@@ -78,7 +78,7 @@ def autoattack(
         return x.clone()
     model = unwrap(model)
     logits_of = _Logits(model, x.dtype)
-    look_before_attack(logits_of.objective, x)
+    look_before_attack(logits_of.functional, x)
     with evaluation_mode(model):
         with torch.no_grad():
             logits = torch.cat([logits_of(part.float()) for part in x.detach().split(batch_size)])
@@ -114,10 +114,10 @@ class _Logits(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.objective, self.dtype = Objective(model, trainable=False), dtype
+        self.functional, self.dtype = FunctionalLoss(model, trainable=False), dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        logits, _ = self.objective(x.to(self.dtype), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        logits, _ = self.functional(x.to(self.dtype), torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return logits.float().clone()  # the package writes into them
 
 

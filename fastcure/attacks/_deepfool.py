@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_measure
-from fastcure._functional import Objective, evaluation_mode, unreachable, unwrap
+from fastcure._functional import FunctionalLoss, evaluation_mode, unreachable, unwrap
 from fastcure._inference import outside_inference_mode
 from fastcure._validation import (
     Bounds,
@@ -104,11 +104,11 @@ def deepfool(
         check_bounds(bounds)
     check_pixels(x, bounds or (0.0, 1.0))
     model = unwrap(model)
-    objective = Objective(model, _no_loss, trainable=False)
-    look_before_measure(objective, x, pixels=False)
+    functional = FunctionalLoss(model, _no_loss, trainable=False)
+    look_before_measure(functional, x, pixels=False)
     x = x.detach()
     with evaluation_mode(model):
-        logits = _logits(objective, x)
+        logits = _logits(functional, x)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise ValueError(f"the model must have 2 outputs or more, got {', '.join(map(str, logits.shape[1:]))}")
         if y is not None:
@@ -121,12 +121,12 @@ def deepfool(
             if not len(left):
                 break
             point = x_adv[left]
-            point = point + (1 + overshoot) * _step(objective, point, own[left], rivals[left], bounds)
+            point = point + (1 + overshoot) * _step(functional, point, own[left], rivals[left], bounds)
             x_adv[left] = point if bounds is None else point.clamp(*bounds)
-            left = left[_is_of(objective, x_adv[left], own[left])]
+            left = left[_is_of(functional, x_adv[left], own[left])]
 
-        x_adv = _halve(objective, x, x_adv, own)
-        normal, bad = _normal(objective, x_adv, own)
+        x_adv = _halve(functional, x, x_adv, own)
+        normal, bad = _normal(functional, x_adv, own)
     check_numbers(bad | has_nan(x_adv))
     perturbation = x_adv - x
     distance = perturbation.flatten(1).norm(dim=1).index_fill(0, left, torch.inf)
@@ -138,13 +138,13 @@ def _no_loss(logits: Tensor, _: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(objective: Objective, x: Tensor) -> Tensor:
-    return objective(x, x)[0]
+def _logits(functional: FunctionalLoss, x: Tensor) -> Tensor:
+    return functional(x, x)[0]
 
 
-def _is_of(objective: Objective, x: Tensor, own: Tensor) -> Tensor:
+def _is_of(functional: FunctionalLoss, x: Tensor, own: Tensor) -> Tensor:
     """Return which of `x` `(B, ...)` are of the class `own` `(B,)`; where an output overflowed, none is."""
-    logits = _logits(objective, x)
+    logits = _logits(functional, x)
     return (logits.argmax(1) == own) & ~has_no_class(logits)
 
 
@@ -152,11 +152,11 @@ def _without(logits: Tensor, own: Tensor) -> Tensor:
     return logits.scatter(1, own[:, None], -torch.inf)
 
 
-def _gradients(objective: Objective, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(functional: FunctionalLoss, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits `(B, K)` of the classes `labels` `(B, K)`, and their gradients `(B, K, ...)`."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        chosen = objective(point, labels)[0].gather(1, labels)
+        chosen = functional(point, labels)[0].gather(1, labels)
         if not chosen.requires_grad:
             raise unreachable()
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
@@ -166,12 +166,12 @@ def _gradients(objective: Objective, x: Tensor, labels: Tensor) -> tuple[Tensor,
     return chosen.detach(), torch.stack(gradients, 1)
 
 
-def _step(objective: Objective, x: Tensor, own: Tensor, rivals: Tensor, bounds: Bounds | None) -> Tensor:
+def _step(functional: FunctionalLoss, x: Tensor, own: Tensor, rivals: Tensor, bounds: Bounds | None) -> Tensor:
     """Return the step `(B, ...)` from x to the nearest boundary with a rival `(B, K)` of the linearised network.
 
     A pixel that stands at a bound does not move past it: the others make the way.
     """
-    logits, gradients = _gradients(objective, x, torch.cat([own[:, None], rivals], 1))
+    logits, gradients = _gradients(functional, x, torch.cat([own[:, None], rivals], 1))
     w = (gradients[:, 1:] - gradients[:, :1]).flatten(2)  # (B, K, N)
     if bounds is not None:
         pixels = x.flatten(1)[:, None]
@@ -186,14 +186,14 @@ def _step(objective: Objective, x: Tensor, own: Tensor, rivals: Tensor, bounds: 
     return (scale[:, None] * w).view_as(x)
 
 
-def _halve(objective: Objective, x: Tensor, x_adv: Tensor, own: Tensor) -> Tensor:
+def _halve(functional: FunctionalLoss, x: Tensor, x_adv: Tensor, own: Tensor) -> Tensor:
     """Return the point next to x, on the segment to `x_adv`, that is of another class; `x_adv` where it is not."""
     low, high = x.new_zeros(len(x)), x.new_ones(len(x))
     rows = (x_adv != x).flatten(1).any(1).nonzero().flatten()
     halvings = 0
     while len(rows):
         middle = (low[rows] + high[rows]) / 2
-        stays = _is_of(objective, torch.lerp(x[rows], x_adv[rows], rowwise(middle, x)), own[rows])
+        stays = _is_of(functional, torch.lerp(x[rows], x_adv[rows], rowwise(middle, x)), own[rows])
         low[rows], high[rows] = torch.where(stays, middle, low[rows]), torch.where(stays, high[rows], middle)
         halvings += 1
         if halvings >= HALVINGS:
@@ -203,11 +203,11 @@ def _halve(objective: Objective, x: Tensor, x_adv: Tensor, own: Tensor) -> Tenso
     return torch.lerp(x, x_adv, rowwise(high, x))
 
 
-def _normal(objective: Objective, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _normal(functional: FunctionalLoss, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit normals `(B, ...)` of the boundary with the most likely other class, and which are NaN `(B,)`."""
-    logits = _logits(objective, x)
+    logits = _logits(functional, x)
     rival = _without(logits, own).argmax(1)
-    _, gradients = _gradients(objective, x, torch.stack([own, rival], 1))
+    _, gradients = _gradients(functional, x, torch.stack([own, rival], 1))
     w = gradients[:, 1] - gradients[:, 0]
     normal = torch.nn.functional.normalize(w.flatten(1), eps=torch.finfo(x.dtype).tiny).view_as(x)
     return normal, has_nan(w) | has_no_class(logits)

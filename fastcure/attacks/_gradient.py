@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack, takes_logits
 from fastcure._folding.layers import folded_layers
-from fastcure._functional import LossFn, Objective, cross_entropy, evaluation_mode, input_gradient, unwrap
+from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, input_gradient, unwrap
 from fastcure._inference import outside_inference_mode
 from fastcure._recorder import CudaRecorder
 from fastcure._validation import Bounds, check_batch, check_labels, check_pixels, check_positive
@@ -117,19 +117,19 @@ def pgd(
     move = linf_step if norm == "linf" else l2_step
     step = -step_size if targeted else step_size
     model = unwrap(model)
-    objective = Objective(model, loss_fn, trainable=False)
-    look_before_attack(objective, x, logits=takes_logits(loss_fn))
+    functional = FunctionalLoss(model, loss_fn, trainable=False)
+    look_before_attack(functional, x, logits=takes_logits(loss_fn))
     x = x.detach()
 
-    def one_step(objective: Objective, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
-        return move(adv, attack_gradient(objective, adv, y), x, step, eps, *bounds)
+    def one_step(functional: FunctionalLoss, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
+        return move(adv, attack_gradient(functional, adv, y), x, step, eps, *bounds)
 
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with evaluation_mode(model, loss_fn), folded_layers(model):
-        advance: Callable[[Tensor], Tensor] = partial(one_step, objective, x=x, y=y, step=step, eps=eps)
+        advance: Callable[[Tensor], Tensor] = partial(one_step, functional, x=x, y=y, step=step, eps=eps)
         if cuda_graph:
-            advance = REPLAYED.of(objective, one_step, (norm, bounds), x, y, step, eps)
+            advance = REPLAYED.of(functional, one_step, (norm, bounds), x, y, step, eps)
         for _ in range(restarts):
             adv = uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
             for _ in range(steps):
@@ -138,18 +138,18 @@ def pgd(
             bad |= has_nan(adv)
             if restarts == 1:
                 break
-            new = _judge(objective, adv, y, targeted)
+            new = _judge(functional, adv, y, targeted)
             bad |= new.score.isnan()
             best = new if best is None else _better(best, new)
     check_result(bad, x, bounds)
     return adv if best is None else best.adv
 
 
-def attack_gradient(objective: Objective, x: Tensor, y: Tensor) -> Tensor:
+def attack_gradient(functional: FunctionalLoss, x: Tensor, y: Tensor) -> Tensor:
     """Return the gradient of the loss at images `x` `(B, ...)`; NaN where the loss is."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        loss = objective(point, y)[1]
+        loss = functional(point, y)[1]
         # What the output lost must not get lost again on the way back: NaN, and a right class of infinite logit.
         weights = torch.where(loss > -torch.inf, 1.0, torch.nan).to(loss.dtype)
         return input_gradient(loss, point, weights)
@@ -164,8 +164,8 @@ class _Try(NamedTuple):
 
 
 @torch.no_grad()
-def _judge(objective: Objective, adv: Tensor, y: Tensor, targeted: bool) -> _Try:
-    logits, loss = objective(adv, y)
+def _judge(functional: FunctionalLoss, adv: Tensor, y: Tensor, targeted: bool) -> _Try:
+    logits, loss = functional(adv, y)
     hit = logits.argmax(1) == hard_labels(y)
     return _Try(adv, hit, -loss) if targeted else _Try(adv, ~hit, loss)
 

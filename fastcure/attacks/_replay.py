@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcure._functional import Objective
+from fastcure._functional import FunctionalLoss
 from fastcure._recorder import Captures, CudaRecorder, Recorder, buffers
 
-Move = Callable[[Objective, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`(objective, adv, x, y, step_size, eps) -> adv`, the last two of shape (B,)."""
+Move = Callable[[FunctionalLoss, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`(functional, adv, x, y, step_size, eps) -> adv`, the last two of shape (B,)."""
 
 
 class ReplayedSteps:
@@ -27,12 +27,12 @@ class ReplayedSteps:
         self._captures: Captures[_Step] = Captures()
 
     def of(
-        self, objective: Objective, move: Move, settings: Any, x: Tensor, y: Tensor, step: Any, eps: Any
+        self, functional: FunctionalLoss, move: Move, settings: Any, x: Tensor, y: Tensor, step: Any, eps: Any
     ) -> Callable[[Tensor], Tensor]:
         """Return `adv -> adv`, one step around `x`; it serves until the next call.
 
         Args:
-            objective: of the model under attack.
+            functional: of the model under attack.
             move: the step.
             settings: all that `move` depends on beyond its arguments, hashable.
             x, y: images and labels.
@@ -40,30 +40,30 @@ class ReplayedSteps:
         """
         with torch.cuda.device_of(x):  # it need not be the current one
             captured = self._captures.find(
-                *(objective, x, y, (settings,)), lambda: _Step(self.recorder(), objective, move, x, y)
+                *(functional, x, y, (settings,)), lambda: _Step(self.recorder(), functional, move, x, y)
             )
-            return captured.around(objective, x, y, step, eps)
+            return captured.around(functional, x, y, step, eps)
 
 
 class _Step:
     """One capture, and the memory that it reads and writes."""
 
-    def __init__(self, recorder: Recorder, objective: Objective, move: Move, x: Tensor, y: Tensor) -> None:
+    def __init__(self, recorder: Recorder, functional: FunctionalLoss, move: Move, x: Tensor, y: Tensor) -> None:
         self.adv, self.x, self.y = x.clone(), x.clone(), y.clone()
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.step, self.eps = (torch.zeros(len(x), dtype=wide, device=x.device) for _ in range(2))
-        self.buffers = buffers(objective)
+        self.buffers = buffers(functional)
 
         def work() -> list[Tensor]:
-            return [self.adv.copy_(move(objective, self.adv, self.x, self.y, self.step, self.eps))]
+            return [self.adv.copy_(move(functional, self.adv, self.x, self.y, self.step, self.eps))]
 
         recorder.warm_up(work)
         _, self.replay = recorder.record(work)
 
     def around(
-        self, objective: Objective, x: Tensor, y: Tensor, step: float | Tensor, eps: float | Tensor
+        self, functional: FunctionalLoss, x: Tensor, y: Tensor, step: float | Tensor, eps: float | Tensor
     ) -> Callable[[Tensor], Tensor]:
-        for mine, its in zip(self.buffers, buffers(objective), strict=True):
+        for mine, its in zip(self.buffers, buffers(functional), strict=True):
             mine.copy_(its)
         for mine, given in ((self.x, x), (self.y, y), (self.step, step), (self.eps, eps)):
             mine.copy_(given) if isinstance(given, Tensor) else mine.fill_(given)

@@ -7,7 +7,7 @@ from fastcure_kernels import linf_step
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack
-from fastcure._functional import Objective, evaluation_mode, unwrap
+from fastcure._functional import FunctionalLoss, evaluation_mode, unwrap
 from fastcure._inference import outside_inference_mode
 from fastcure._validation import Bounds, check_batch, check_labels, check_pixels, check_positive
 from fastcure.attacks._arguments import check_bounds, check_counts, check_numbers, has_nan, rowwise
@@ -75,8 +75,8 @@ def spsa(
     check_bounds(bounds)
     check_pixels(x, bounds)
     model = unwrap(model)
-    objective = Objective(model, margin_loss, trainable=False)
-    look_before_attack(objective, x)
+    functional = FunctionalLoss(model, margin_loss, trainable=False)
+    look_before_attack(functional, x)
     random = _seeded(generator, x.device)
     radius, length = (torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)) for v in (eps, step_size))
 
@@ -85,12 +85,12 @@ def spsa(
     left = torch.arange(len(x), device=x.device)
     with evaluation_mode(model):
         for _ in range(steps):
-            loss = torch.cat([objective(adv[part], y[part])[1] for part in left.split(chunk_size)])
+            loss = torch.cat([functional(adv[part], y[part])[1] for part in left.split(chunk_size)])
             bad[left] |= loss.isnan()
             left = left[loss <= 0]
             if not len(left):
                 break
-            g = _estimate(objective, adv[left], y[left], samples, delta, chunk_size // 2, random)
+            g = _estimate(functional, adv[left], y[left], samples, delta, chunk_size // 2, random)
             mean[left] = torch.lerp(g, mean[left], DECAY)
             adv[left] = linf_step(adv[left], mean[left], x[left], length[left], radius[left], *bounds)
             bad[left] |= has_nan(g)
@@ -99,7 +99,7 @@ def spsa(
 
 
 def _estimate(
-    objective: Objective, x: Tensor, y: Tensor, samples: int, delta: float, pairs: int, random: torch.Generator
+    functional: FunctionalLoss, x: Tensor, y: Tensor, samples: int, delta: float, pairs: int, random: torch.Generator
 ) -> Tensor:
     """Return the estimated gradient `(B, ...)` from `samples` pairs of points a sample, `pairs` of them at a time."""
     g = torch.zeros_like(x)
@@ -107,7 +107,7 @@ def _estimate(
         index = rows // samples
         signs = 2 * torch.randint(2, (len(index), *x.shape[1:]), generator=random, device=x.device).to(x.dtype) - 1
         points = torch.cat([x[index] + delta * signs, x[index] - delta * signs])
-        above, below = objective(points, y[index.repeat(2)])[1].chunk(2)
+        above, below = functional(points, y[index.repeat(2)])[1].chunk(2)
         slope = ((above - below) / (2 * delta * samples)).to(x.dtype)
         g.index_add_(0, index, rowwise(slope, x) * signs)
     return g

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastcure._functional import LossFn, Objective, find_logits
+from fastcure._functional import LossFn, find_logits
 from fastcure._weak import weakly
-from fastcure.engines.autograd import GraphEngine, evaluation, twice_differentiable
-from fastcure.engines.base import Evaluation
+from fastcure.engines.base import Evaluation, GraphEngine, Request, evaluation, twice_differentiable
 from fastcure.engines.eager import Eager, root
 from fastcure.engines.folding import Folding
 from fastcure.reference import unit_sign
@@ -41,63 +40,59 @@ class Compile(GraphEngine):
         self.backend = backend
         self._cache: WeakKeyDictionary[nn.Module, dict[Any, tuple[Compiled, Folding]]] = WeakKeyDictionary()
 
-    def forward(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        h: float | Tensor,
-        *,
-        power: int,
-        direction: Tensor | None,
-        differentiable: bool,
-        stepped: bool = False,
-    ) -> Evaluation:
+    def forward(self, request: Request) -> Evaluation:
         """Run the compiled region; the first call of a shape compiles it, and compares it with the eager engine.
 
         Raises:
             RuntimeError: if the model cannot be compiled whole, or its compiled gradients are not the eager ones (as
                 where an operator of its own has no second derivative that the compiler sees).
         """
-        if not differentiable:
-            options = {"power": power, "direction": direction, "differentiable": False, "stepped": stepped}
-            return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
-        x = x.detach()
-        length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
-        programs = self._cache.setdefault(objective.model, {})
+        if not request.differentiable:
+            return Eager().forward(request)
+        functional, x, y = request.functional, request.x.detach(), request.y
+        power, stepped, direction = request.power, request.loss_at == "step", request.direction
+        length = torch.as_tensor(request.h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+        programs = self._cache.setdefault(functional.model, {})
         autocast = torch.is_autocast_enabled(x.device.type)
-        folding = Folding(objective.model, norms=not autocast)
+        folding = Folding(functional.model, norms=not autocast)
         key = (
-            *(weakly(objective.module.loss_fn), power, stepped, direction is None, tuple(objective.state), folding.key),
+            *(
+                weakly(functional.module.loss_fn),
+                power,
+                stepped,
+                direction is None,
+                tuple(functional.state),
+                folding.key,
+            ),
             *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast),
         )
         fresh = key not in programs
         if fresh:
-            _refuse_modules_of_two_names(objective.model)
+            _refuse_modules_of_two_names(functional.model)
             programs[key] = _compile(self.backend, power, stepped, x.device), folding
         program, folding = programs[key]  # with the very forwards that were compiled
         direction = None if direction is None else direction.detach()
 
         def run() -> Evaluation:
             states: dict[str, dict[str, Tensor]] = {"model": {}, "loss_fn": {}}
-            for name, tensor in objective.state.items():
+            for name, tensor in functional.state.items():
                 owner, _, rest = name.partition(".")
                 states[owner][rest] = tensor
-            model_state = folding.state(objective.model, states["model"])
+            model_state = folding.state(functional.model, states["model"])
             with folding.applied(), warnings.catch_warnings():
                 # The compiler looks at `.grad` of weights that are folded.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
                 logits, loss, penalty = program(
-                    *(objective.model, model_state, objective.module.loss_fn, states["loss_fn"]),
+                    *(functional.model, model_state, functional.module.loss_fn, states["loss_fn"]),
                     *(x, y, length, direction),
                 )
-            return evaluation(logits, loss, penalty, objective.leaves(loss, penalty, inputs=()))
+            return evaluation(logits, loss, penalty, functional.leaves(loss, penalty, inputs=()))
 
         compiled = compilations()
         if fresh:
             try:
                 with twice_differentiable():
-                    Twice(objective)(x.clone().requires_grad_(), y)  # what it refuses need not be compiled first
+                    Twice(functional)(x.clone().requires_grad_(), y)  # what it refuses need not be compiled first
             except BaseException:
                 del programs[key]
                 raise
@@ -105,20 +100,18 @@ class Compile(GraphEngine):
             result = run()
             if compilations() == compiled:
                 return result
-        began, kept = time.perf_counter(), objective.state
-        logger.warning("fastcure: compiling %s for %s ...", type(objective.model).__name__, tuple(x.shape))
+        began, kept = time.perf_counter(), functional.state
+        logger.warning("fastcure: compiling %s for %s ...", type(functional.model).__name__, tuple(x.shape))
         try:
             result = run()
             for state in (kept, _disturbed(kept, folding)) if folding.forwards else (kept,):
-                objective.state = state
-                options = {"power": power, "direction": direction, "differentiable": True, "stepped": stepped}
-                eager = Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
-                self._check(run(), eager)
+                functional.state = state
+                self._check(run(), Eager().forward(request))
         except BaseException:
             del programs[key]
             raise
         finally:
-            objective.state = kept
+            functional.state = kept
         logger.warning("fastcure: compiled in %.0f s", time.perf_counter() - began)
         return result
 
@@ -158,7 +151,7 @@ def compilations() -> int:
 
 
 def _disturbed(state: dict[str, Tensor], folding: Folding) -> dict[str, Tensor]:
-    """The state of an objective with other running statistics in what is folded."""
+    """The state of an functional with other running statistics in what is folded."""
     prefix = "model."
     inner = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     return {**state, **{prefix + name: t for name, t in folding.disturbed(inner).items()}}

@@ -8,18 +8,18 @@ runs only once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcure._functional import Objective
 from fastcure._recorder import Captures, CudaRecorder, Recorder, buffers
-from fastcure.engines.base import Evaluation
+from fastcure.engines.base import Engine, Evaluation, Request
 from fastcure.engines.eager import Eager
 
 
-class Graphed:
+class CudaGraph(Engine):
     """Exact; captures once for each model, loss and shape. `h`, weights and running statistics are read anew.
 
     What else the model's Python code depends on is fixed by the first step.
@@ -33,36 +33,18 @@ class Graphed:
         self.recorder, self.device = recorder, device
         self._captures: Captures[_Captured] = Captures()
 
-    def forward(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        h: float | Tensor,
-        *,
-        power: int,
-        direction: Tensor | None,
-        differentiable: bool,
-        stepped: bool = False,
-    ) -> Evaluation:
-        """Replay the forward; the first call of a shape captures both graphs.
-
-        Raises:
-            ValueError: if `x` is on another device.
-        """
-        if x.device.type != self.device:
-            raise ValueError(f"engine='cuda_graph' wants tensors on {self.device}, got {x.device}: use engine='auto'")
-        if not differentiable:
-            options = {"power": power, "direction": direction, "differentiable": False, "stepped": stepped}
-            return Eager().forward(objective, x, y, h, **options)  # type: ignore[arg-type]
-        device = x.device.type
+    def forward(self, request: Request) -> Evaluation:
+        """Replay the forward; the first call of a shape captures both graphs."""
+        if not request.differentiable:
+            return Eager().forward(request)
+        x, device = request.x, request.x.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         with torch.cuda.device_of(x):  # it need not be the current one
             captured = self._captures.find(
-                *(objective, x, y, (power, stepped, direction is None)),
-                lambda: _Captured(self.recorder(), objective, x, y, direction, power, stepped, autocast),
+                *(request.functional, x, request.y, (request.power, request.loss_at, request.direction is None)),
+                lambda: _Captured(self.recorder(), request, autocast),
             )
-            return captured.forward(objective, x, y, h, direction)
+            return captured.forward(request)
 
     def backward(
         self, state: _Step, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
@@ -79,31 +61,22 @@ class Graphed:
 class _Captured:
     """Both graphs of one shape, and the memory that they read and write."""
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        direction: Tensor | None,
-        power: int,
-        stepped: bool,
-        autocast: tuple[bool, torch.dtype],
-    ) -> None:
+    def __init__(self, recorder: Recorder, request: Request, autocast: tuple[bool, torch.dtype]) -> None:
+        x, direction = request.x, request.direction
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.x, self.y = x.detach().clone(), y.detach().clone()
+        self.x, self.y = x.detach().clone(), request.y.detach().clone()
         self.h = torch.ones(len(x), dtype=wide, device=x.device)
         self.direction = None if direction is None else direction.detach().clone()
-        self.buffers = buffers(objective)
+        self.buffers = buffers(request.functional)
+        captured = replace(request, x=self.x, y=self.y, h=self.h, direction=self.direction)
         self.number = self.sent = 0
         inner: Evaluation
 
         def forward() -> list[Tensor]:
             nonlocal inner
             # A weight that autocast has cast before would not be cast again in a replay.
-            options = {"power": power, "direction": self.direction, "differentiable": True, "stepped": stepped}
             with torch.autocast(x.device.type, autocast[1], enabled=autocast[0], cache_enabled=False):
-                inner = Eager().forward(objective, self.x, self.y, self.h, **options)  # type: ignore[arg-type]
+                inner = Eager().forward(captured)
             return [inner.logits, inner.loss, inner.penalty]
 
         def backward() -> tuple[Tensor | None, ...]:
@@ -121,15 +94,13 @@ class _Captured:
         self.gradients, self.replay_backward = recorder.record(backward)
         self.parameters = inner.parameters
 
-    def forward(
-        self, objective: Objective, x: Tensor, y: Tensor, h: float | Tensor, direction: Tensor | None
-    ) -> Evaluation:
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.h.copy_(h) if isinstance(h, Tensor) else self.h.fill_(h)
-        if direction is not None and self.direction is not None:
-            self.direction.copy_(direction)
-        for mine, its in zip(self.buffers, buffers(objective), strict=True):
+    def forward(self, request: Request) -> Evaluation:
+        self.x.copy_(request.x)
+        self.y.copy_(request.y)
+        self.h.copy_(request.h) if isinstance(request.h, Tensor) else self.h.fill_(request.h)
+        if request.direction is not None and self.direction is not None:
+            self.direction.copy_(request.direction)
+        for mine, its in zip(self.buffers, buffers(request.functional), strict=True):
             mine.copy_(its)
         self.replay_forward()
         self.number += 1

@@ -7,9 +7,8 @@ from fastcure_kernels import difference_sqnorm, direction_step
 from torch import Tensor
 
 from fastcure._folding.layers import folded_layers
-from fastcure._functional import Objective, input_gradient
-from fastcure.engines.autograd import GraphEngine, evaluation, twice_differentiable
-from fastcure.engines.base import Evaluation
+from fastcure._functional import input_gradient
+from fastcure.engines.base import Evaluation, GraphEngine, Request, evaluation, twice_differentiable
 from fastcure.rules import double_backward
 from fastcure.rules.second_derivatives import Twice
 
@@ -17,33 +16,25 @@ from fastcure.rules.second_derivatives import Twice
 class Eager(GraphEngine):
     """Exact, for any model whose operators have a double backward."""
 
-    def forward(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        h: float | Tensor,
-        *,
-        power: int,
-        direction: Tensor | None,
-        differentiable: bool,
-        stepped: bool = False,
-    ) -> Evaluation:
+    training_norms = True
+
+    def forward(self, request: Request) -> Evaluation:
         """Four passes (forward and input gradient at x and at x + h z), each on the record if `differentiable`."""
-        run = Twice(objective) if differentiable else objective
-        with folded_layers(objective.model), double_backward(), twice_differentiable():
+        functional, x, y, graph = request.functional, request.x.detach(), request.y, request.differentiable
+        run = Twice(functional) if graph else functional
+        with folded_layers(functional.model), double_backward(), twice_differentiable():
             point = x.detach().requires_grad_()
             logits, loss = run(point, y)
-            g = input_gradient(loss, point, create_graph=differentiable)
-            step = second_point(x.detach(), g.detach(), h, direction).requires_grad_()
+            g = input_gradient(loss, point, create_graph=graph)
+            step = second_point(x, g.detach(), request.h, request.direction).requires_grad_()
             _, loss_step = run(step, y)
-            g_step = input_gradient(loss_step, step, create_graph=differentiable)
+            g_step = input_gradient(loss_step, step, create_graph=graph)
 
         penalty = difference_sqnorm(g_step, g)
-        if power == 1:
+        if request.power == 1:
             penalty = root(penalty)
-        found = objective.leaves(loss, loss_step, inputs=(point, step)) if differentiable else []
-        return evaluation(logits, loss_step if stepped else loss, penalty, found)
+        found = functional.leaves(loss, loss_step, inputs=(point, step)) if graph else []
+        return evaluation(logits, loss_step if request.loss_at == "step" else loss, penalty, found)
 
 
 def second_point(x: Tensor, g: Tensor, h: float | Tensor, direction: Tensor | None) -> Tensor:

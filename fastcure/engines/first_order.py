@@ -16,55 +16,43 @@ import torch
 from torch import Tensor
 
 from fastcure._diagnostics.kinks import warn_of_kinks
-from fastcure._functional import Objective, evaluation_mode, input_gradient
+from fastcure._functional import evaluation_mode, input_gradient
 from fastcure._one_thread import one_thread
-from fastcure.engines.base import Evaluation
+from fastcure.engines.base import Engine, Evaluation, Request
 from fastcure.engines.eager import root, second_point
 
 
 class Pass(NamedTuple):
     """What backward needs to run the model again."""
 
-    objective: Objective
-    x: Tensor
+    request: Request
     step: Tensor
-    y: Tensor
+    """(B, ...), x + h z."""
     difference: Tensor
     """(B, ...), d."""
-    power: int
-    stepped: bool
-    """Whether the loss is that at `step`."""
     leaves: list[Tensor]
     versions: list[int]
     """Of the leaves: a change in between would give the gradient at other weights."""
     autocast: tuple[torch.dtype, bool]
 
 
-class FirstOrder:
+class FirstOrder(Engine):
     """Forward: 4 F, values only. Backward: four forwards with ordinary parameter gradients."""
 
-    def forward(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        h: float | Tensor,
-        *,
-        power: int,
-        direction: Tensor | None,
-        differentiable: bool,
-        stepped: bool = False,
-    ) -> Evaluation:
+    exact = False
+
+    def forward(self, request: Request) -> Evaluation:
         """Evaluate loss and penalty; every value is that of the other engines, only the gradient is estimated."""
+        functional, x, y, differentiable = request.functional, request.x.detach(), request.y, request.differentiable
         point = x.detach().requires_grad_()
-        logits, loss = objective(point, y)
-        found = objective.leaves(loss, inputs=(point,)) if differentiable else []
+        logits, loss = functional(point, y)
+        found = functional.leaves(loss, inputs=(point,)) if differentiable else []
         g = input_gradient(loss, point)
-        step = second_point(x.detach(), g, h, direction).requires_grad_()
-        loss_step = objective(step, y)[1]
+        step = second_point(x, g, request.h, request.direction).requires_grad_()
+        loss_step = functional(step, y)[1]
         g_step = input_gradient(loss_step, step)
         if differentiable:
-            warn_of_kinks(objective, loss, x, step, y)
+            warn_of_kinks(functional, loss, x, step, y)
 
         d = g_step - g
         penalty = d.float().square() if d.dtype != torch.float64 else d.square()
@@ -73,11 +61,11 @@ class FirstOrder:
         versions = [leaf._version for leaf in leaves]
         device = x.device.type
         autocast = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        state = Pass(objective, x.detach(), step.detach(), y, d, power, stepped, leaves, versions, autocast)
+        state = Pass(request, step.detach(), d, leaves, versions, autocast)
         return Evaluation(
             logits.detach(),
-            (loss_step if stepped else loss).detach(),
-            root(penalty) if power == 1 else penalty,
+            (loss_step if request.loss_at == "step" else loss).detach(),
+            root(penalty) if request.power == 1 else penalty,
             [parameter for _, parameter in found],
             state,
         )
@@ -86,24 +74,23 @@ class FirstOrder:
         self, state: Pass, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
     ) -> tuple[Tensor | None, ...]:
         """Estimate the gradient; with the loss alone it is exact."""
+        x, at_step = state.request.x.detach(), state.request.loss_at == "step"
         if w_penalty is None:
             assert w_loss is not None
-            return self._accumulate(state, [(state.step if state.stepped else state.x, w_loss)])
+            return self._accumulate(state, [(state.step if at_step else x, w_loss)])
         length = state.difference.flatten(1).double().norm(dim=1)
-        weight = w_penalty * (2 * length if state.power == 2 else (length > 0).to(length))  # ||u||
-        v = state.difference / torch.where(length == 0, 1.0, length).to(state.x.dtype).reshape(
-            -1, *[1] * (state.x.dim() - 1)
-        )
-        e = step_size(state.x.dtype)
-        slope, half = (weight / (2 * e)).to(state.x.dtype), 0 if w_loss is None else w_loss / 2
-        at_step, at_x = (half, 0) if state.stepped else (0, half)
+        weight = w_penalty * (2 * length if state.request.power == 2 else (length > 0).to(length))  # ||u||
+        v = state.difference / torch.where(length == 0, 1.0, length).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        e = step_size(x.dtype)
+        slope, half = (weight / (2 * e)).to(x.dtype), 0 if w_loss is None else w_loss / 2
+        half_step, half_x = (half, 0) if at_step else (0, half)
         return self._accumulate(
             state,
             [
-                (state.step + e * v, at_step + slope),
-                (state.step - e * v, at_step - slope),
-                (state.x + e * v, at_x - slope),
-                (state.x - e * v, at_x + slope),
+                (state.step + e * v, half_step + slope),
+                (state.step - e * v, half_step - slope),
+                (x + e * v, half_x - slope),
+                (x - e * v, half_x + slope),
             ],
         )
 
@@ -114,11 +101,12 @@ class FirstOrder:
                 "parameters were modified in place since the forward: call backward before the optimiser"
             )
         dtype, enabled = state.autocast
-        autocast = torch.autocast(state.x.device.type, dtype, enabled=enabled)
-        module = state.objective.module
+        functional, y = state.request.functional, state.request.y
+        autocast = torch.autocast(y.device.type, dtype, enabled=enabled)
+        module = functional.module
         with one_thread(module), evaluation_mode(module), torch.enable_grad(), autocast:
             for point, weight in points:
-                loss = state.objective(point, state.y)[1]
+                loss = functional(point, y)[1]
                 gradients = torch.autograd.grad(loss, state.leaves, weight.to(loss), allow_unused=True)
                 for i, gradient in enumerate(gradients):
                     if gradient is not None:

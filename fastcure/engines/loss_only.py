@@ -7,55 +7,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcure._functional import Objective, evaluation_mode, input_gradient
+from fastcure._functional import FunctionalLoss, evaluation_mode, input_gradient
 from fastcure._one_thread import one_thread
-from fastcure.engines.autograd import Graph, GraphEngine, evaluation, twice_differentiable
-from fastcure.engines.base import Evaluation
+from fastcure.engines.base import Evaluation, Graph, GraphEngine, Request, evaluation, twice_differentiable
 from fastcure.engines.eager import second_point
 
 
 class State(NamedTuple):
     """A graph, and whose it is."""
 
-    objective: Objective
+    functional: FunctionalLoss
     graph: Graph
 
 
-class LossOnly:
+class LossOnly(GraphEngine):
     """3 F where the loss is at x, 5 F at x + h z. Not one of `ENGINES`: its penalty is 0."""
 
-    def forward(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        h: float | Tensor,
-        *,
-        power: int,
-        direction: Tensor | None,
-        differentiable: bool,
-        stepped: bool = False,
-    ) -> Evaluation:
+    training_norms = True
+
+    def forward(self, request: Request) -> Evaluation:
         """One pass, or two with an input gradient between them. `power` is without effect."""
+        functional, x, y = request.functional, request.x.detach(), request.y
+        differentiable, stepped = request.differentiable, request.loss_at == "step"
         # A model that differentiates itself needs an input that requires grad; it costs nothing where nobody asks.
         point = x.detach().requires_grad_(differentiable or stepped)
         with twice_differentiable(), torch.set_grad_enabled(differentiable or stepped):
-            logits, loss = objective(point, y)
+            logits, loss = functional(point, y)
             if stepped:
                 g = input_gradient(loss, point)
-                step = second_point(x.detach(), g, h, direction)
+                step = second_point(x, g, request.h, request.direction)
                 with torch.set_grad_enabled(differentiable):
-                    _, loss = objective(step, y)
-        found = objective.leaves(loss, inputs=(point,)) if differentiable else []
+                    _, loss = functional(step, y)
+        found = functional.leaves(loss, inputs=(point,)) if differentiable else []
         made = evaluation(logits, loss, torch.zeros_like(loss), found)
-        return made._replace(state=State(objective, made.state))
+        return made._replace(state=State(functional, made.state))
 
-    def backward(
+    def backward(  # type: ignore[override]
         self, state: State, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool
     ) -> tuple[Tensor | None, ...]:
         """Differentiate the weighted loss; what activation checkpointing recomputes here, in evaluation mode."""
-        with one_thread(state.objective.module), evaluation_mode(state.objective.module):
-            return _graph.backward(state.graph, w_loss, w_penalty, retain=retain)
-
-
-_graph = GraphEngine()
+        with one_thread(state.functional.module), evaluation_mode(state.functional.module):
+            return super().backward(state.graph, w_loss, w_penalty, retain=retain)

@@ -63,7 +63,7 @@ class Attacked(Objective):
             check_pixels(x, option=False)
             self._looked = True
         model, eps, step_size = unwrap(self.model), self.eps, self.relative_step * self.eps / self.steps
-        loss_at = _functional.Objective(model, loss_fn, trainable=False)
+        loss_at = _functional.FunctionalLoss(model, loss_fn, trainable=False)
         with evaluation_mode(model, loss_fn), folded_layers(model):
             adv = uniform_in_ball(x, eps, "linf", (0.0, 1.0), self.generator) if self.random_start else x
             for _ in range(self.steps):

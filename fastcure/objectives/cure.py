@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from fastcure._curvature import BatchStats, LossAt, attach, check_arguments, check_modes, curvature, evaluate
-from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
-from fastcure._distributed import averaged_once
-from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, unwrap
-from fastcure._microbatch import check_parts, in_parts
+from fastcure._batch import Options, check_arguments, evaluate_batch, plan
+from fastcure._defaults import BATCH_STATS, GAMMA, BatchStats, H
+from fastcure._functional import LossFn, cross_entropy
 from fastcure._validation import check_fraction, check_positive
-from fastcure.engines import engine_called
+from fastcure.engines import LossAt
 from fastcure.objectives.base import Objective, ObjectiveOutput
 
 CUREOutput = ObjectiveOutput
@@ -54,20 +51,18 @@ class CURE(Objective):
     def __init__(
         self,
         model: nn.Module,
-        h: float | Tensor = 1.25,
-        gamma: float | Tensor = 4.0,
+        h: float | Tensor = H,
+        gamma: float | Tensor = GAMMA,
         *,
         loss_fn: LossFn = cross_entropy,
         power: int = 2,
         engine: str = "auto",
-        batch_stats: BatchStats = "frozen",
+        batch_stats: BatchStats = BATCH_STATS,
         loss_at: LossAt = "x",
         fraction: float = 1.0,
         microbatch: int | None = None,
     ) -> None:
-        engine_called(engine)
-        check_modes(power, batch_stats, loss_at)
-        check_parts(microbatch, batch_stats)
+        Options(loss_fn, power, engine, batch_stats, loss_at).check_microbatch(microbatch)
         super().__init__(model, loss_fn, batch_stats)
         self.microbatch = microbatch
         self.power, self.engine, self.loss_at = power, engine, loss_at
@@ -130,84 +125,23 @@ class CURE(Objective):
 
     def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> CUREOutput:
         """Evaluate the objective on images `(B, ...)` and labels; see `fastcure.curvature` for what it raises."""
-        if self.microbatch is not None and self.microbatch < len(x):
-            return self._in_parts(x, y, self.microbatch)
-        some = self._penalised(x)
-        if some < len(x):
-            return self._on_some(x, y, some)
-        out = curvature(
-            self.model,
-            x,
-            y,
-            self.h,
-            loss_fn=self.loss_fn,
-            power=self.power,
-            engine=self.engine,
-            batch_stats=self.batch_stats,
-            loss_at=self.loss_at,
-        )
-        loss, penalty = out.loss.mean(), out.penalty.mean()
-        return CUREOutput(loss + self.gamma * penalty, loss, penalty, out.logits)
+        options = Options(self.loss_fn, self.power, self.engine, self.batch_stats, self.loss_at)
+        check_arguments(x, y, self.h)
+        penalised = self._penalised(len(x))
+        if self.microbatch is None or self.microbatch >= len(x):
+            parts = plan(len(x), penalised, losses=self.batch_stats != "split")
+            logits, losses, penalties, _ = evaluate_batch(self.model, x, y, self.h, options, parts)
+            loss, penalty = losses.mean(), penalties.mean()
+            return CUREOutput(loss + self.gamma * penalty, loss, penalty, logits)
+        options.check_microbatch(self.microbatch)
+        parts = plan(len(x), penalised, self.microbatch, losses=self.batch_stats != "split")
+        weights = 1 / len(x), self.gamma / penalised
+        logits, losses, penalties, total = evaluate_batch(self.model, x, y, self.h, options, parts, weights=weights)
+        assert total is not None
+        return CUREOutput(total, losses.mean(), penalties.mean(), logits)
 
-    def _penalised(self, x: Tensor) -> int:
+    def _penalised(self, batch: int) -> int:
         """Return how many samples have a penalty, of which and of the others are enough for batch norms."""
         least = 2 if self.batch_stats == "train" else 1
-        some = max(least, round(self.fraction * len(x)))
-        return some if self.fraction < 1 and (least == 1 or some + least <= len(x)) else len(x)
-
-    def _on_some(self, x: Tensor, y: Tensor, some: int) -> CUREOutput:
-        """The penalty of the first samples, and the loss of all."""
-        check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
-        model, rest = unwrap(self.model), len(x) - some
-        warn_of_idle_norms(model, self.batch_stats)
-        whole = ModelWithLoss(model, self.loss_fn)(x, y) if self.batch_stats == "split" else None
-        h = self.h if isinstance(self.h, Tensor) and self.h.dim() else None
-
-        def part(penalised: bool, moves: bool) -> tuple[Tensor, Tensor, Tensor]:
-            samples = slice(some) if penalised else slice(some, None)
-            engine, evaluation = evaluate(
-                *(model, x[samples], y[samples], self.h if h is None else h[samples]),
-                loss_fn=self.loss_fn,
-                power=self.power,
-                engine=self.engine,
-                stepped=self.loss_at == "step",
-                batch_norms_train=self.batch_stats == "train",
-                moves=moves,
-                penalised=penalised,
-            )
-            return evaluation.logits, *attach(engine, evaluation)
-
-        if whole is None:  # the part that moves statistics comes last: nothing may fail after it
-            order = (True, False) if some <= rest else (False, True)
-            with regularisation_left_out(model, self.loss_fn, self.engine, self.batch_stats):
-                parts = {penalised: part(penalised, moves=penalised == order[1]) for penalised in order}
-            logits, loss = (torch.cat([parts[True][i], parts[False][i]]) for i in (0, 1))
-            penalty = parts[True][2]
-        else:
-            logits, loss, penalty = whole[0].detach(), whole[1], part(True, moves=False)[2]
-        loss, penalty = averaged_once((model, self.loss_fn), loss.mean(), penalty.mean())
-        return CUREOutput(loss + self.gamma * penalty, loss, penalty, logits)
-
-    def _in_parts(self, x: Tensor, y: Tensor, microbatch: int) -> CUREOutput:
-        check_arguments(x, y, self.h, self.power, self.batch_stats, self.loss_at)
-        check_parts(microbatch, self.batch_stats)
-        model, split, some = unwrap(self.model), self.batch_stats == "split", self._penalised(x)
-        warn_of_idle_norms(model, self.batch_stats)
-        called = ModelWithLoss(model, self.loss_fn)(x, y) if split else None
-        w_loss, w_penalty = 0.0 if split else 1 / len(x), self.gamma / some
-        with regularisation_left_out(model, self.loss_fn, self.engine, self.batch_stats):
-            parts = in_parts(
-                *(model, x, y, self.h, w_loss, w_penalty, microbatch),
-                penalised=some,
-                loss_fn=self.loss_fn,
-                power=self.power,
-                engine=self.engine,
-                stepped=self.loss_at == "step",
-            )
-        penalty = parts.penalty.mean()
-        total, loss, logits = parts.total, parts.loss.mean(), parts.logits
-        if called is not None:
-            loss = called[1].mean()
-            total, loss, logits = total + loss, loss.detach(), called[0].detach()
-        (total,) = averaged_once((model, self.loss_fn), total)
-        return CUREOutput(total, loss, penalty, logits)
+        some = max(least, round(self.fraction * batch))
+        return some if self.fraction < 1 and (least == 1 or some + least <= batch) else batch

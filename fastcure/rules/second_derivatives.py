@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules._functions import BackwardHookFunction
 
-from fastcure._functional import ModelWithLoss, Objective, graph_nodes, unreachable
+from fastcure._functional import FunctionalLoss, ModelWithLoss, graph_nodes, unreachable
 from fastcure._one_thread import Shared
 from fastcure.rules.plain_operators import PlainOperators
 
@@ -41,14 +41,14 @@ _tried: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Twice:
-    """`(x, y) -> (logits, loss)` of an objective, for exact second derivatives.
+    """`(x, y) -> (logits, loss)` of an functional, for exact second derivatives.
 
     Args:
-        objective: the model and its loss.
+        functional: the model and its loss.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, functional: FunctionalLoss) -> None:
+        self.functional = functional
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model on `x` `(B, ...)`.
@@ -57,12 +57,12 @@ class Twice:
             RuntimeError: if the loss does not depend on `x`, where that requires grad; at scripted code; at an operator
                 that has no second derivative.
         """
-        model = self.objective.model
+        model = self.functional.model
         if model not in _tried:
-            _refuse_scripted(self.objective.module)
+            _refuse_scripted(self.functional.module)
         plain = model in _plain
         with PlainOperators() if plain else nullcontext():
-            logits, loss = self.objective(x, y)
+            logits, loss = self.functional(x, y)
         _tried.setdefault(model, set())
         nodes = graph_nodes(loss)
         if x.requires_grad and not any(getattr(node, "variable", None) is x for node in nodes):
@@ -85,7 +85,7 @@ class Twice:
         """Differentiate once, the first time, and see that the gradients of `nodes` have a history."""
         if any("DifferentiableGraph" in node.name() for node in nodes):
             raise _scripted("it calls a scripted function")
-        tried = _tried[self.objective.model]
+        tried = _tried[self.functional.model]
         nodes = [node for node in nodes if node.name() not in tried]
         if not (nodes and x.requires_grad):
             return

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastcure._curvature import BatchStats, LossAt, check_modes
+from fastcure._batch import Options
+from fastcure._defaults import BATCH_STATS, BatchStats
 from fastcure._fields import check_types, check_whole_numbers, shortened
-from fastcure._microbatch import check_parts
 from fastcure._validation import check_fraction
-from fastcure.engines import ENGINES
+from fastcure.engines import ENGINES, LossAt, engine_called
 from fastcure.models import MODELS
 from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule
@@ -54,7 +54,7 @@ class Settings:
         "eps", "Of h: 'eps', FGSM steps of the largest --eps; or 'l2', its L2 length, pixels in [0, 1]."
     )
     power: int = setting(2, "2: squared norm; 1: norm.")
-    batch_stats: BatchStats = setting("frozen", "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
+    batch_stats: BatchStats = setting(BATCH_STATS, "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
     loss_at: LossAt = setting("x", "'x', or 'step' for the loss at x + h z, as in `fastcure.curvature`.")
     fraction: float = setting(1.0, "Share of each batch, in (0, 1], that has a penalty; the loss is of all of it.")
     engine: str = setting(
@@ -96,11 +96,10 @@ class Settings:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "microbatch": 1, "limit": 1, "seed": 0, "track": 0}
         check_whole_numbers(self, {**least, "validation": 1})
-        check_modes(self.power, self.batch_stats, self.loss_at)
-        check_parts(self.microbatch, self.batch_stats)
+        options = Options(power=self.power, batch_stats=self.batch_stats, loss_at=self.loss_at)
+        options.check_microbatch(self.microbatch)
         check_fraction(self.fraction)
-        if self.batch_stats == "train" and self.engine not in ("auto", "eager", "reference"):
-            raise ValueError(f"engine must be auto or eager with batch_stats='train', got {self.engine!r}")
+        engine_called(self.engine, training_norms=self.batch_stats == "train")
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
             raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
         lengths = [value for segment in self.schedule("h").segments for value in segment[:2]]

@@ -16,17 +16,17 @@ from fastcure._recorder import SHAPES, CudaRecorder
 from fastcure.attacks import pgd
 from fastcure.attacks._replay import ReplayedSteps
 from fastcure.engines import ENGINES
-from fastcure.engines.cuda_graph import Graphed
+from fastcure.engines.cuda_graph import CudaGraph
 from fastcure.models import resnet8
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     if request.param == "cpu":
-        monkeypatch.setitem(ENGINES, "cuda_graph", Graphed(Rerun, "cpu"))
+        monkeypatch.setitem(ENGINES, "cuda_graph", CudaGraph(Rerun, "cpu"))
         monkeypatch.setattr(Rerun, "recorded", 0)
     else:
-        monkeypatch.setitem(ENGINES, "cuda_graph", Graphed())
+        monkeypatch.setitem(ENGINES, "cuda_graph", CudaGraph())
     return torch.device(request.param)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastcure import CURE, curvature, prepare
 from fastcure.engines import ENGINES as ALL_ENGINES
 from fastcure.engines.compile import Compile
-from fastcure.engines.cuda_graph import Graphed
+from fastcure.engines.cuda_graph import CudaGraph
 
 ENGINES = ["eager", "first_order", "reference"]
 
@@ -326,7 +326,7 @@ class Rerun:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own making
 def test_a_model_that_its_children_refer_to_is_freed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_ENGINES, "compile", Compile("aot_eager"))
-    monkeypatch.setitem(ALL_ENGINES, "cuda_graph", Graphed(Rerun, "cpu"))
+    monkeypatch.setitem(ALL_ENGINES, "cuda_graph", CudaGraph(Rerun, "cpu"))
     model, x = Rooted(), torch.rand(2, 1, 8, 8)
     cure = CURE(prepare(model, x), loss_fn=model.loss, engine=engine)
     for _ in range(2):

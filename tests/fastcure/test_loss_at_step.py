@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcure import CURE, curvature, reference
-from fastcure._functional import Objective
+from fastcure._functional import FunctionalLoss
 from fastcure.engines import ENGINES
 from fastcure.engines.compile import Compile
 
@@ -59,11 +59,11 @@ def test_the_first_order_engine_takes_it_there_as_well() -> None:
 
 def test_the_oracle_is_the_definition() -> None:
     case = make(NETWORKS["mlp-softplus"], 4, seed=4)
-    objective = Objective(case.model)
+    functional = FunctionalLoss(case.model)
     point = case.x.clone().requires_grad_()
-    (g,) = torch.autograd.grad(objective(point, case.y)[1].sum(), point)
-    _, loss, _ = reference.curvature(objective, case.x, case.y, 0.7, stepped=True)
-    torch.testing.assert_close(loss, objective(case.x + 0.7 * reference.unit_sign(g), case.y)[1])
+    (g,) = torch.autograd.grad(functional(point, case.y)[1].sum(), point)
+    _, loss, _ = reference.curvature(functional, case.x, case.y, 0.7, stepped=True)
+    torch.testing.assert_close(loss, functional(case.x + 0.7 * reference.unit_sign(g), case.y)[1])
 
 
 def test_in_parts() -> None:

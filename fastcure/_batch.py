@@ -1,0 +1,309 @@
+"""Loss and penalty of a batch, which is a list of parts: which samples, penalised or not.
+
+The whole batch is one part, a penalty on a share of it makes two, micro-batches are many; one loop runs them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastcure._defaults import BATCH_STATS, BatchStats
+from fastcure._diagnostics.first_batch import first_batch, warn_of_small_step
+from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
+from fastcure._distributed import averaged_once, refuse_static_graph, refuse_wrappers_within
+from fastcure._functional import FunctionalLoss, LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
+from fastcure._one_thread import one_thread
+from fastcure._validation import check_batch, check_positive, not_inside_torch_compile, refuse_transforms
+from fastcure.engines import LOSS_ONLY, Engine, Evaluation, LossAt, Request, engine_called
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of the penalty that are choices, as in `fastcure.curvature`.
+
+    Raises:
+        ValueError: if one is out of range, or two do not go together.
+    """
+
+    loss_fn: LossFn = cross_entropy
+    power: int = 2
+    engine: str = "auto"
+    batch_stats: BatchStats = BATCH_STATS
+    loss_at: LossAt = "x"
+
+    def __post_init__(self) -> None:
+        engine_called(self.engine)
+        if self.power not in (1, 2):
+            raise ValueError(f"power must be 1 or 2, got {self.power!r}")
+        if self.batch_stats not in ("frozen", "split", "train"):
+            raise ValueError(f"batch_stats must be 'frozen', 'split' or 'train', got {self.batch_stats!r}")
+        if self.loss_at not in ("x", "step"):
+            raise ValueError(f"loss_at must be 'x' or 'step', got {self.loss_at!r}")
+        if self.loss_at == "step" and self.batch_stats == "split":
+            raise ValueError(
+                "loss_at='step' must have batch_stats 'frozen' or 'train', got 'split', which takes the loss from a "
+                "forward of its own at x"
+            )
+
+    def check_microbatch(self, microbatch: int | None) -> None:
+        """Raise if the batch is to be divided though each of its samples depends on all of it."""
+        if microbatch is not None and self.batch_stats == "train":
+            raise ValueError(
+                f"microbatch must be None with batch_stats='train', got {microbatch}: each sample depends on the whole "
+                "batch; use batch_stats='frozen' or 'split', or a smaller batch"
+            )
+
+
+class Part(NamedTuple):
+    """Samples that one pass takes together."""
+
+    samples: slice
+    penalised: bool = True
+    """Whether they have a penalty, or the loss alone."""
+    updates_buffers: bool = True
+    """Whether batch norms in training mode update their running statistics by them."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return its share of `values` `(B, ...)`."""
+        return values if len(values) == self.samples.stop - self.samples.start else values[self.samples]
+
+
+def plan(batch: int, penalised: int, microbatch: int | None = None, *, losses: bool = True) -> list[Part]:
+    """Divide `batch` samples, the first `penalised` of which have a penalty, into parts in the order of their passes.
+
+    Args:
+        batch: how many there are.
+        penalised: how many have a penalty.
+        microbatch: the most of a part.
+        losses: whether the loss of those without penalty is wanted.
+
+    Returns:
+        The parts. Running statistics follow the last one, which without `microbatch` is the largest: nothing may fail
+        after it.
+    """
+    size = microbatch or max(batch, 1)
+    starts = [*range(0, penalised, size), *range(penalised, batch, size)] if losses else [*range(0, penalised, size)]
+    ends = pairwise([*starts, batch if losses else penalised])
+    found = [(slice(start, stop), start < penalised) for start, stop in ends]
+    if microbatch is None:
+        found.sort(key=lambda part: part[0].stop - part[0].start)
+    return [Part(samples, has, (samples, has) == found[-1]) for samples, has in found] or [Part(slice(0, 0))]
+
+
+class BatchResult(NamedTuple):
+    """Loss and penalty, in the order of the samples."""
+
+    logits: Tensor
+    """(B, C), detached."""
+    loss: Tensor
+    """(B,), differentiable in the parameters; with weights, detached."""
+    penalty: Tensor
+    """Of the samples that have one, as `loss`."""
+    total: Tensor | None
+    """0-dim, with weights: `sum(w_loss * loss) + sum(w_penalty * penalty)`, differentiable in the parameters once."""
+
+
+def evaluate_batch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    h: float | Tensor,
+    options: Options,
+    parts: list[Part],
+    *,
+    direction: Tensor | None = None,
+    weights: tuple[float, float | Tensor] | None = None,
+) -> BatchResult:
+    """Evaluate loss and penalty part by part, of arguments that `check_arguments` has seen.
+
+    Args:
+        model: the network.
+        x: `(B, ...)` images.
+        y: labels.
+        h: step, one number or one a sample.
+        options: of the penalty.
+        parts: as from `plan`.
+        direction: `(B, ...)` in place of z, for a plan of one part.
+        weights: of the sums of loss and penalty, where they are known: the gradients of a part are then computed right
+            after its forward, so that its memory is free for the next, and the backward only scales their sum.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fastcure.curvature` says.
+    """
+    model, loss_fn, split = unwrap(model), options.loss_fn, options.batch_stats == "split"
+    warn_of_idle_norms(model, options.batch_stats)
+    called = ModelWithLoss(model, loss_fn)(x, y) if split else None
+    lengths = h if isinstance(h, Tensor) and h.dim() else None
+    gradients: dict[nn.Parameter, Tensor] = {}
+    results: list[tuple[Part, Tensor, Tensor, Tensor]] = []
+    with regularisation_left_out(model, loss_fn, options.engine, options.batch_stats):
+        for part in parts:
+            step = h if lengths is None else part.of(lengths)
+            engine, found = evaluate(model, part.of(x), part.of(y), step, options, part, direction)
+            if weights is None:
+                loss, penalty = attach(engine, found)
+            else:
+                loss, penalty = found.loss, found.penalty
+                _add_gradients(gradients, engine, found, 0.0 if split else weights[0], weights[1])
+            results.append((part, found.logits, loss, penalty))
+    results.sort(key=lambda result: result[0].samples.start)
+    penalty = _joined([penalty for part, _, _, penalty in results if part.penalised])
+    logits, loss = _joined([found[1] for found in results]), _joined([found[2] for found in results])
+    total = None
+    if weights is not None:
+        value = weights[1] * penalty.sum() if split else weights[0] * loss.sum() + weights[1] * penalty.sum()
+        total = _Scaled.apply(value, tuple(gradients.values()), *gradients)
+    if called is not None:
+        logits, loss = called[0].detach(), called[1]
+        if total is not None and weights is not None:
+            total, loss = total + weights[0] * loss.sum(), loss.detach()
+    if total is not None:
+        (total,) = averaged_once((model, loss_fn), total)
+    else:
+        loss, penalty = averaged_once((model, loss_fn), loss, penalty)
+    return BatchResult(logits, loss, penalty, total)
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    h: float | Tensor,
+    options: Options,
+    part: Part,
+    direction: Tensor | None = None,
+) -> tuple[Engine, Evaluation]:
+    """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on.
+
+    With `batch_stats="train"` the flags of batch norms stay as they are.
+    """
+    refuse_wrappers_within(model, options.loss_fn)
+    with one_thread(model, options.loss_fn):
+        norms = training_norms(model, options.loss_fn) if options.batch_stats == "train" else []
+        check_training_norms(norms)
+        engine = engine_called(options.engine, x.device, training_norms=bool(norms))
+        if not part.penalised:
+            engine = LOSS_ONLY
+        moving = [module for _, module in norms] if part.updates_buffers else ()
+        functional = FunctionalLoss(model, options.loss_fn, moving=moving)
+        request = Request(
+            *(functional, x, y, h),
+            power=options.power,
+            loss_at=options.loss_at,
+            direction=direction,
+            differentiable=functional.trainable and torch.is_grad_enabled(),
+        )
+        warn_of_small_step(model, x, h)
+        flags = evaluation_mode(model, options.loss_fn, but=NORMS if norms else ())
+        with torch.enable_grad(), flags, first_batch(functional, x, y):
+            evaluation = engine.forward(request)
+        functional.move_buffers()
+        return engine, evaluation
+
+
+def check_arguments(x: Tensor, y: Tensor, h: float | Tensor, direction: Tensor | None = None) -> None:
+    """Check the arguments of a batch; it raises what `fastcure.curvature` says."""
+    not_inside_torch_compile()
+    check_batch(x, y, direction)
+    check_positive("h", h, batch=len(x))
+    refuse_transforms()
+    refuse_static_graph()
+
+
+def training_norms(*roots: object) -> list[tuple[str, nn.Module]]:
+    """Return the batch norms in training mode, each with its name, which is that within its root."""
+    modules = (named for root in roots if isinstance(root, nn.Module) for named in root.named_modules())
+    return [(name, module) for name, module in modules if module.training and isinstance(module, NORMS)]
+
+
+def check_training_norms(norms: list[tuple[str, nn.Module]]) -> None:
+    """Check that batch norms in training mode have a double backward."""
+    for name, module in norms:
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"batch_stats='train' must have batch norms with a double backward, got the SyncBatchNorm {name}: keep "
+                "nn.BatchNorm, whose statistics are each process's own, or batch_stats='frozen'"
+            )
+
+
+def attach(engine: Engine, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+    """Return loss and penalty `(B,)`, differentiable in the parameters through the engine's backward."""
+    loss, penalty = _Attach.apply(engine, evaluation, *evaluation.parameters)
+    return loss, penalty
+
+
+class _Attach(torch.autograd.Function):
+    """Gives an engine's detached values the parameters as their history, and the engine as their derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, evaluation: Evaluation, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
+        ctx.engine, ctx.state = engine, evaluation.state
+        ctx.set_materialize_grads(False)  # an output that nobody uses has weight None, and costs nothing
+        return evaluation.loss, evaluation.penalty
+
+    @staticmethod
+    def backward(ctx: Any, w_loss: Tensor | None, w_penalty: Tensor | None) -> tuple[Any, ...]:
+        state, retain = _take_state(ctx)
+        return None, None, *ctx.engine.backward(state, w_loss, w_penalty, retain=retain)
+
+
+class _Scaled(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: nn.Parameter) -> Tensor:
+        ctx.state = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        gradients, _ = _take_state(ctx)
+        return None, None, *[scale.to(gradient) * gradient for gradient in gradients]
+
+
+def _take_state(ctx: Any) -> tuple[Any, bool]:
+    """Return `ctx.state` and whether another backward may want it; else it is freed.
+
+    Raises:
+        RuntimeError: in a backward with create_graph=True, and if an earlier one has freed it.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the curvature penalty has no second derivative: call backward without create_graph=True")
+    if ctx.state is None:
+        raise RuntimeError("the graph of this penalty was freed by an earlier backward: retain_graph=True keeps it")
+    state, retain = ctx.state, torch._C._autograd._get_current_graph_task_keep_graph()
+    if not retain:  # freed node by node while the inner backward runs, not when the caller drops the outputs
+        ctx.state = None
+    return state, retain
+
+
+def _add_gradients(
+    gradients: dict[nn.Parameter, Tensor],
+    engine: Engine,
+    found: Evaluation,
+    w_loss: float,
+    w_penalty: float | Tensor,
+) -> None:
+    """Add a part's gradients of the weighted sums of loss and penalty; a weight of 0 costs nothing."""
+    weights = [
+        None if isinstance(weight, (int, float)) and weight == 0 else torch.ones_like(values) * weight
+        for values, weight in ((found.loss, w_loss), (found.penalty, w_penalty))
+    ]
+    if not found.parameters or all(weight is None for weight in weights):
+        return
+    new = engine.backward(found.state, *weights, retain=False)
+    for parameter, gradient in zip(found.parameters, new, strict=True):
+        if gradient is not None:
+            old = gradients.get(parameter)
+            gradients[parameter] = gradient if old is None else old + gradient  # not in place: it may be another's too
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(values)
