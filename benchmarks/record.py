@@ -32,8 +32,8 @@ def context(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        # A copy of the tree without its history is told its commit.
-        "commit": f"{commit or os.environ.get('BENCH_COMMIT', 'unknown')}{'-dirty' * bool(changed)}",
+        # A copy of the tree, on a machine without its history, is told its commit.
+        "commit": os.environ.get("BENCH_COMMIT") or f"{commit or 'unknown'}{'-dirty' * bool(changed)}",
     }
 
 
