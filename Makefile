@@ -28,7 +28,8 @@ test: lint
 # Random cases, other ones each time: FUZZ times as many as in `make test`. FUZZ_SEED repeats them.
 fuzz: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-seed=$(FUZZ_SEED) \
-		tests/fastcure/test_properties.py tests/fastcure_kernels/test_kernel_properties.py
+		tests/fastcure/test_properties.py tests/fastcure/test_foreign_code.py \
+		tests/fastcure_kernels/test_kernel_properties.py
 
 # Long runs, damaged files, and training runs that are killed and resumed.
 soak: $(VENV)/installed
