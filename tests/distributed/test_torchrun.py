@@ -94,10 +94,6 @@ def test_no_process_ends_before_the_results_are_written_and_read(tmp_path: Path)
         done = start([*fastcure, *command, "--run", str(out), "--device", "cpu", "--out", str(results)])
         assert done.returncode == 0, done.stderr
         assert key in json.loads(results.read_text())
-    done = start([*fastcure, "report", str(out)])
-    assert done.returncode == 1
-    assert "exitcode  : 2" in done.stderr
-    assert "leave torchrun out" in done.stderr
 
 
 FAILS = """

@@ -38,16 +38,16 @@ def gradients(case: Case, engine: str, **options: object) -> list[Tensor]:
     return [p.grad for p in case.model.parameters()]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_equals_the_oracle(counter: object, name: str) -> None:
+# The root of the squared norm is one operation at the end of the region, whatever the network.
+@pytest.mark.parametrize(("name", "power"), [*((name, 2) for name in NETWORKS), ("mlp-relu", 1)])
+def test_equals_the_oracle(counter: object, name: str, power: int) -> None:
     case = make(NETWORKS[name], 4, seed=0)
-    for power in (1, 2):
-        ours, truth = (gradients(case, engine, h=0.7, power=power) for engine in ("compile", "reference"))
-        assert relative(ours, truth) < 1e-9
-        torch.testing.assert_close(
-            curvature(*case, engine="compile", h=0.7, power=power),
-            curvature(*case, engine="reference", h=0.7, power=power),
-        )
+    ours, truth = (gradients(case, engine, h=0.7, power=power) for engine in ("compile", "reference"))
+    assert relative(ours, truth) < 1e-9
+    torch.testing.assert_close(
+        curvature(*case, engine="compile", h=0.7, power=power),
+        curvature(*case, engine="reference", h=0.7, power=power),
+    )
 
 
 @pytest.mark.parametrize("lost", ["first", "last"])

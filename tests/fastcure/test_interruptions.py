@@ -115,8 +115,10 @@ def test_a_file_that_may_not_grow(npz: Path, whole: Path, tmp_path: Path, capsys
     check_equal(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("step", [1, 3, 5, 9])
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 5), (signal.SIGTERM, 143, 9)],
+)
 def test_a_signal_in_training(
     npz: Path,
     whole: Path,

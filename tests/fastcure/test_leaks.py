@@ -24,6 +24,15 @@ from fastcure.engines.cuda_graph import CudaGraph
 ENGINES = ["eager", "first_order", "reference"]
 
 
+@pytest.fixture(autouse=True)
+def _what_was_there_before() -> Iterator[None]:
+    """Neither counted nor searched for cycles: that would take longer than the steps."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Saved:
     """A tensor kept by the graph of autograd, which is nowhere in Python's own books."""
 
@@ -72,8 +81,8 @@ def test_the_count_sees_a_graph_that_is_kept() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["mlp-softplus", "batch_norm-gelu-average"])
-def test_a_thousand_steps_hold_no_more_than_ten(name: str, engine: str) -> None:
-    steps = 1000 if name.startswith("mlp") else 60
+def test_many_steps_hold_no_more_than_ten(name: str, engine: str) -> None:
+    steps = 60 if not name.startswith("mlp") else 1000 if FUZZ > 1 else 300
     case = make(NETWORKS[name], 4, seed=0, dtype=torch.float32)
     cure = CURE(prepare(case.model, case.x), engine=engine)
     optimizer = torch.optim.Adam(cure.parameters(), lr=1e-4)

@@ -69,7 +69,7 @@ def tool(name, *arguments):
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def facts(built):
+def facts(built, accesses):
     if "cubin" not in built.asm:
         asm = built.asm["amdgcn"]
         found = {
@@ -84,14 +84,17 @@ def facts(built):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage, sass = tool("cuobjdump", "--dump-resource-usage", file.name), tool("nvdisasm", "-c", file.name)
-    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return {
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name) if accesses else ""
+    found = {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + local,
-        "wide_loads": len(re.findall(r"LDG\.E[.\w]*\.128", sass)),
-        "wide_stores": len(re.findall(r"STG\.E[.\w]*\.128", sass)),
+        "spilled": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
     }
+    if accesses:
+        found["spilled"] += len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        found["wide_loads"] = len(re.findall(r"LDG\.E[.\w]*\.128", sass))
+        found["wide_stores"] = len(re.findall(r"STG\.E[.\w]*\.128", sass))
+    return found
 
 
 def main():
@@ -99,7 +102,8 @@ def main():
         for dtype in ("fp32", "bf16") + (("fp64",) if target == "sm_90" else ()):
             for name, options in KERNELS.items():
                 built = build(name, dtype, TARGETS[target], options)
-                print(json.dumps({"kernel": name, "dtype": dtype, "target": target, **facts(built)}), flush=True)
+                found = facts(built, target == "sm_90")  # reading the accesses takes longer than the build
+                print(json.dumps({"kernel": name, "dtype": dtype, "target": target, **found}), flush=True)
 
 
 if __name__ == "__main__":
