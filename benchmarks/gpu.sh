@@ -20,6 +20,7 @@ tests() {
     tests/fastcure/test_data_loader.py tests/fastcure_kernels)
   ! has xdist || options+=(-n 8 --maxprocesses 8 --dist worksteal)
   has hypothesis || options+=(--ignore=tests/fastcure_kernels/test_kernel_properties.py)
+  has pyautoattack || options+=(--deselect=tests/fastcure/test_attacks_gpu.py::test_autoattack_and_the_checklist_run)
   "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark -o addopts="-ra --strict-markers --import-mode=importlib" \
     "${options[@]}" "${files[@]}"
 }

@@ -82,6 +82,8 @@ class Compile(GraphEngine):
             with folding.applied(), warnings.catch_warnings():
                 # The compiler looks at `.grad` of weights that are folded.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                # Inductor imports parts of torch that torch itself calls deprecated.
+                warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning, r"torch\.jit\.")
                 logits, loss, penalty = program(
                     *(functional.model, model_state, functional.module.loss_fn, states["loss_fn"]),
                     *(x, y, length, direction),

@@ -57,7 +57,8 @@ def test_third_derivatives() -> None:
 
     def deep(function: Any) -> list[Tensor]:
         leaves = [t.detach().clone().requires_grad_() for t in (x, norm.weight, norm.bias)]
-        scalar, found = (function(*leaves) ** 3).sum(), list[Tensor]()
+        # Scaled so that no order is far above 1: the cosine of t multiplies the rounding of t by |t|.
+        scalar, found = ((function(*leaves) / 8) ** 3).sum(), list[Tensor]()
         for _ in range(3):
             found += grad(scalar, leaves, create_graph=True)
             scalar = torch.stack([(t * t.cos()).sum() for t in found[-3:]]).sum()

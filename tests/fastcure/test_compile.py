@@ -3,6 +3,7 @@
 import gc
 import logging
 import shutil
+import warnings
 import weakref
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from networks import NETWORKS, Case, make, relative
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
@@ -210,6 +212,20 @@ def test_generated_code() -> None:
         return
     ours, truth = (gradients(case, engine) for engine in ("compile", "reference"))
     assert relative(ours, truth) < 1e-9
+    torch._dynamo.reset()
+
+
+def test_deprecations_within_torch_are_not_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        place = ("_script.py", 365, "torch.jit._script")
+        warnings.warn_explicit("`torch.jit.script_method` is deprecated.", DeprecationWarning, *place)
+        return lookup_backend("aot_eager")(module, inputs)
+
+    monkeypatch.setitem(ENGINES, "compile", Compile(backend))  # type: ignore[arg-type]
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curvature(*case, engine="compile")
     torch._dynamo.reset()
 
 

@@ -156,7 +156,6 @@ def test_without_a_record_nothing_is_kept() -> None:
         assert not ours(SHAPES["2d"].geometry)(*inputs).requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch loads its forward-mode rules by it
 def test_forward_mode_is_that_of_torch() -> None:
     x, w, b = (t.detach() for t in tensors(SHAPES["2d"]))
     with torch.autograd.forward_ad.dual_level():

@@ -333,7 +333,6 @@ def test_bad_input_is_one_clear_error(call: dict[str, object], error: type[Excep
         curvature(**call)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch loads its forward-mode rules by it
 def test_forward_mode_is_refused() -> None:
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.rand(2, 3), torch.rand(2, 3))

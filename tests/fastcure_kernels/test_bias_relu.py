@@ -124,7 +124,8 @@ def test_gradcheck(device):
 def test_third_derivatives_in_a_network(device, close):
     def deep(function, *tensors):
         x, bias, residual = leaves(*tensors)
-        scalar = (function(x, bias, function(residual.sin(), bias.cos())) ** 3).sum()
+        # Scaled so that all orders are near 1: the cosine of t multiplies the rounding of t by |t|.
+        scalar = ((function(x, bias, function(residual.sin(), bias.cos())) / 4) ** 3).sum()
         found = []
         for _ in range(3):
             found += grad(scalar, (x, bias, residual), create_graph=True)
@@ -202,7 +203,6 @@ def test_operands_are_not_changed(device):
         assert all(t is None or torch.equal(t, old) for t, old in zip(given, before, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch loads its forward-mode rules by it
 def test_forward_mode_is_right_or_refused(device):
     x, bias, residual = operands((2, 3, 5), torch.float64, device)
     with forward_ad.dual_level():

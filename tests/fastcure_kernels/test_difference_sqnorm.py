@@ -142,7 +142,6 @@ def test_curvature_penalty_of_a_network(device, close):
         close(actual, wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch loads its forward-mode rules by it
 @pytest.mark.parametrize("mode", ["dual", "jvp"])
 def test_forward_mode_is_right_or_refused(device, close, mode):
     a, b, tangent = torch.randn(3, 3, 5, dtype=torch.float64).to(device)
