@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from record import write
-from timing import medians, peak_mib
+from timing import busy_ms, medians, peak_mib
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -101,7 +101,7 @@ def test_double_backward(benchmark: pytest.FixtureRequest, name: str, training: 
         row: dict[str, object] = {"model": name, "batch": workload.batch, "dtype": str(amp).removeprefix("torch.")}
         row |= {"training": training, "rules": title, "milliseconds": round(seconds * 1e3, 3)}
         row |= {"speedup": round(times["torch"] / seconds, 3), "relative_error": f"{errors[title]:.1e}"}
-        ROWS.append({**row, "peak_MiB": memory[title]})
+        ROWS.append({**row, "peak_MiB": memory[title], "busy_ms": round(busy_ms(works[title]), 3)})
     faster = times["torch"] / times["double_backward"]
     print(f"\n{workload}, {'training' if training else 'evaluation'}: {faster:.2f} times as fast as torch's rules")
     write(f"double_backward-{DEVICE.type}", ROWS, DEVICE, by="rules")

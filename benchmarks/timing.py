@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from workloads import DEVICE, rounds_for
 
 Work = Callable[[], object]
@@ -35,6 +37,17 @@ def medians(benchmark: pytest.FixtureRequest, contenders: Mapping[str, Work], bu
 
     benchmark.pedantic(one_round, rounds=rounds, iterations=1)  # type: ignore[attr-defined]
     return {title: statistics.median(values) for title, values in times.items()}
+
+
+def busy_ms(work: Work) -> float:
+    """Milliseconds that kernels and copies of one call run on the device; 0 on a CPU."""
+    if DEVICE.type != "cuda":
+        return 0.0
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in events if not event.is_user_annotation) / 1e3
 
 
 def peak_mib(work: Work) -> int:

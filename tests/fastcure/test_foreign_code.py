@@ -1,5 +1,6 @@
 """Foreign operators and model code: right against finite differences of first-order gradients, or an error."""
 
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode"),
 ]
 STEP = 1e-4
-"""Of the central difference of fourth order: its truncation is about 1e-16 / STEP^0, its rounding 1e-16 / STEP."""
+"""Of the central difference of fourth order, whose truncation is of the order STEP^4, its rounding eps / STEP."""
+REFUSABLE = NO_SECOND_DERIVATIVE | {"scripted", "checkpointed", "differentiates itself"}
 LIMIT = 1e-7
 """Relative: rounding is eps / STEP = 2e-12 of the total, which may be 1e4 times a slope of it."""
 
@@ -84,15 +86,13 @@ def slope(case: Case, way: list[Tensor]) -> float:
 def test_right_or_an_error(case: Case) -> None:
     TRIED["foreign code"] += 1
     note(f"{case.names}, x {tuple(case.x.shape)}, h {case.h}, {case.options}")
-    try:
+    total = None
+    with suppress(RuntimeError) if REFUSABLE & set(case.names) else nullcontext():
         out = curvature(case.model, case.x, case.y, case.h, direction=case.direction, **case.options)
-        total = (out.loss + out.penalty).mean()
-        total.backward()
-        total = total.detach()
-    except RuntimeError as error:
+        (out.loss + out.penalty).mean().backward()
+        total = (out.loss + out.penalty).mean().detach()
+    if total is None:
         TRIED["an error"] += 1
-        may = NO_SECOND_DERIVATIVE | {"scripted", "checkpointed", "differentiates itself"}
-        assert may & set(case.names), error
         return
     assert not NO_SECOND_DERIVATIVE & set(case.names), "any number would be wrong"
     assert abs(float(total) - float(total_of(case))) <= 1e-10 * (1 + abs(float(total)))
