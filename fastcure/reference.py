@@ -1,4 +1,4 @@
-"""The oracle: CURE's definitions by plain double backpropagation, one line each. Nobody tunes it.
+"""The reference implementation: CURE's definitions by plain double backpropagation, one line each. Nobody tunes it.
 
 Every quantity is computed on its own, nothing is shared, and autograd differentiates the result; the fast
 engines are checked against this file. Moosavi-Dezfooli et al., CVPR 2019, equations 8 to 10.
@@ -11,25 +11,25 @@ from torch import Tensor
 
 
 def curvature(
-    objective: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
     y: Tensor,
     h: float | Tensor,
     *,
     power: int = 2,
     direction: Tensor | None = None,
-    stepped: bool = False,
+    loss_at: str = "x",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, loss and penalty of each sample, with an ordinary autograd graph behind them.
 
     Args:
-        objective: `(x, y) -> (logits (B, C), loss (B,))`, the model in evaluation mode.
+        loss_of: `(x, y) -> (logits (B, C), loss (B,))`, the model in evaluation mode.
         x: `(B, ...)` images.
         y: labels, as the loss takes them.
         h: L2 length of the finite step, in input units; a number or `(B,)`.
         power: 2 for the squared norm, 1 for the norm itself.
         direction: `(B, ...)` in place of z.
-        stepped: take the loss at x + h z.
+        loss_at: "x", or "step" for the loss at x + h z.
 
     Returns:
         `(logits (B, C), loss (B,), penalty (B,))`.
@@ -37,13 +37,13 @@ def curvature(
 
     def gradient(point: Tensor) -> Tensor:  # g(x) = d l / d x, of the batch's sum
         point = point.detach().requires_grad_()
-        return torch.autograd.grad(objective(point, y)[1].sum(), point, create_graph=True)[0]
+        return torch.autograd.grad(loss_of(point, y)[1].sum(), point, create_graph=True)[0]
 
-    logits, loss = objective(x, y)
+    logits, loss = loss_of(x, y)
     z = unit_sign(gradient(x).detach()) if direction is None else direction
     length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
-    if stepped:
-        _, loss = objective(x + length * z, y)
+    if loss_at == "step":
+        _, loss = loss_of(x + length * z, y)
     d = gradient(x + length * z) - gradient(x)
     penalty = d.square().flatten(1).sum(1)
     if power == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -10,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss
 
 SLACK = 1e-3
@@ -43,10 +43,9 @@ def warn_of_range(x: Tensor) -> None:
     """Warn if pixels are not in [0, 1]; one that is not a number is no matter of this."""
     low, high = (float(value) for value in (x.amin(), x.amax())) if x.numel() else (0.0, 0.0)
     if low < -SLACK or high > 1 + SLACK:
-        warnings.warn(
+        warn(
             f"pixels should be in [0, 1], got {low:.3g}..{high:.3g}: h and eps are in units of the input; divide by "
-            "255, or make normalisation a layer of the model (fastcure.models.Normalize)",
-            stacklevel=6,
+            "255, or make normalisation a layer of the model (fastcure.models.Normalize)"
         )
 
 
@@ -79,10 +78,9 @@ def warn_of_small_step(model: nn.Module, x: Tensor, h: float | Tensor) -> None:
     least = torch.finfo(dtype).eps * pixels**0.5
     if h < least and model not in _small_steps:
         _small_steps.add(model)
-        warnings.warn(
+        warn(
             f"h should be >= {least:.2g} for {pixels} pixels in {dtype}, got {h:.2g}: most of the difference of "
-            "gradients is rounding; take a larger h, or a wider dtype for the penalty",
-            stacklevel=4,
+            "gradients is rounding; take a larger h, or a wider dtype for the penalty"
         )
 
 

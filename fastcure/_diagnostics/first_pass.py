@@ -6,12 +6,7 @@ model is sure, and the noise of a random model hides its gradient and passes for
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
@@ -19,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_batch import random_states
+from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss, LossFn
 from fastcure._validation import outside
 
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _attacked: WeakSet[nn.Module] = WeakSet()
 _probabilities: WeakSet[nn.Module] = WeakSet()
 _ranges: WeakSet[nn.Module] = WeakSet()
@@ -117,17 +112,6 @@ def looks_like_probabilities(logits: Tensor) -> bool:
 def takes_logits(loss_fn: LossFn) -> bool:
     """Whether `loss_fn` is one of ours or torch's cross-entropy, which want logits."""
     return isinstance(loss_fn, nn.CrossEntropyLoss) or getattr(loss_fn, "__module__", "").startswith("fastcure.")
-
-
-def warn(message: str) -> None:
-    """Warn in the name of whoever called this package."""
-    level = depth = 1
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(_PACKAGE):
-            level = depth + 1
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
 
 
 def _examine(functional: FunctionalLoss, x: Tensor, judge: Callable[[Tensor, float], None]) -> None:

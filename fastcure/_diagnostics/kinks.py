@@ -9,7 +9,6 @@ abruptly is magnified: a smooth change shrinks with the square of the magnificat
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 from weakref import WeakSet
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss, graph_nodes
 
 ALWAYS = re.compile(
@@ -56,11 +56,10 @@ def warn_of_kinks(functional: FunctionalLoss, loss: Tensor, x: Tensor, step: Ten
         if not jumps:
             return
         names = _names(nodes, PERHAPS) or {"seen in its gradients"}
-    warnings.warn(
+    warn(
         f"the first-order engine misses what happens in kinks, and this model has some ({', '.join(sorted(names))}): "
         "its gradients have a cosine of 0.3 to 0.6 with the exact ones; use engine='eager', or smooth activations such "
-        "as GELU",
-        stacklevel=6,
+        "as GELU"
     )
 
 

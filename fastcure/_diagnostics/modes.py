@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
@@ -20,10 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastcure._diagnostics.warning import TORCH, warn
+
 STRENGTHS = ("p", "drop_prob", "drop_path", "drop_rate", "prob", "dropout", "dropout_p", "rate")
 """What modules of other libraries call the share that they drop."""
 DROPOUTS = frozenset([F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout])
-TORCH = os.path.dirname(torch.__file__) + os.sep
 MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 
 _idle_norms: WeakSet[nn.Module] = WeakSet()
@@ -46,10 +46,9 @@ def warn_of_idle_norms(model: nn.Module, batch_stats: str) -> None:
             idle += 1
     if idle:
         _idle_norms.add(model)
-        warnings.warn(
+        warn(
             f"batch_stats={batch_stats!r} leaves batch norms as their flags say, and all {idle} of this model are in "
-            "evaluation mode, which is batch_stats='frozen': call model.train() before each epoch, or ask for 'frozen'",
-            stacklevel=_outside(),
+            "evaluation mode, which is batch_stats='frozen': call model.train() before each epoch, or ask for 'frozen'"
         )
 
 
@@ -75,10 +74,9 @@ def regularisation_left_out(model: nn.Module, loss_fn: object, engine: str, batc
         found += dict.fromkeys(calls.found)  # there are several passes
     if found:
         some = ", ".join(found[:4]) + f" and {len(found) - 4} more" * (len(found) > 4)
-        warnings.warn(
+        warn(
             f"loss and penalty are computed in evaluation mode, which leaves out {some}: the model is trained without "
-            "it; batch_stats='split' has it in the loss. Where that is meant, set it to 0 or to evaluation mode",
-            stacklevel=_outside(),
+            "it; batch_stats='split' has it in the loss. Where that is meant, set it to 0 or to evaluation mode"
         )
 
 
@@ -125,13 +123,3 @@ def _place() -> str | None:
             return None
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-def _outside() -> int:
-    """Return the `stacklevel` at which the caller of this function would blame code outside of fastcure and torch."""
-    own = os.path.dirname(os.path.dirname(__file__)) + os.sep
-    level, frame = 1, sys._getframe(1)
-    passed = (own, TORCH, contextlib.__file__)
-    while frame.f_back and frame.f_code.co_filename.startswith(passed):
-        level, frame = level + 1, frame.f_back
-    return level

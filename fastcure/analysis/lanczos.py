@@ -9,12 +9,13 @@ Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue probl
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastcure._diagnostics.warning import warn
 
 
 class Ritz(NamedTuple):
@@ -71,11 +72,10 @@ def extremes(
         if m >= sum(ends) and (settled or products >= 4 * N):
             uncertain = error > max(tolerance, 1e-3) * scale
             if bool(uncertain.any()):
-                warnings.warn(
+                warn(
                     f"eigenvalues are uncertain by up to {float((error / scale)[uncertain].max()):.0e} of the largest, "
                     f"after {products} products: use float64 weights and images",
                     RuntimeWarning,
-                    stacklevel=2,
                 )
             break
         floor = 0.1 / block * tolerance * scale  # below it, what is left out keeps no residual from converging

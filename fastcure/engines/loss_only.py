@@ -28,12 +28,12 @@ class LossOnly(GraphEngine):
     def forward(self, request: Request) -> Evaluation:
         """One pass, or two with an input gradient between them. `power` is without effect."""
         functional, x, y = request.functional, request.x.detach(), request.y
-        differentiable, stepped = request.differentiable, request.loss_at == "step"
+        differentiable, at_step = request.differentiable, request.loss_at == "step"
         # A model that differentiates itself needs an input that requires grad; it costs nothing where nobody asks.
-        point = x.detach().requires_grad_(differentiable or stepped)
-        with twice_differentiable(), torch.set_grad_enabled(differentiable or stepped):
+        point = x.detach().requires_grad_(differentiable or at_step)
+        with twice_differentiable(), torch.set_grad_enabled(differentiable or at_step):
             logits, loss = functional(point, y)
-            if stepped:
+            if at_step:
                 g = input_gradient(loss, point)
                 step = second_point(x, g, request.h, request.direction)
                 with torch.set_grad_enabled(differentiable):

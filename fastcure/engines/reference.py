@@ -29,7 +29,7 @@ class Reference(GraphEngine):
                 *(recorded, request.x, request.y, request.h),
                 power=request.power,
                 direction=request.direction,
-                stepped=request.loss_at == "step",
+                loss_at=request.loss_at,
             )
         found = functional.leaves(loss, inputs=tuple(points)) if differentiable else []
         return evaluation(logits, loss, penalty, found)

@@ -62,7 +62,7 @@ def test_the_oracle_is_the_definition() -> None:
     functional = FunctionalLoss(case.model)
     point = case.x.clone().requires_grad_()
     (g,) = torch.autograd.grad(functional(point, case.y)[1].sum(), point)
-    _, loss, _ = reference.curvature(functional, case.x, case.y, 0.7, stepped=True)
+    _, loss, _ = reference.curvature(functional, case.x, case.y, 0.7, loss_at="step")
     torch.testing.assert_close(loss, functional(case.x + 0.7 * reference.unit_sign(g), case.y)[1])
 
 
