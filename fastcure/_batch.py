@@ -18,10 +18,11 @@ from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_no
 from fastcure._distributed import averaged_once, refuse_static_graph, refuse_wrappers_within
 from fastcure._functional import FunctionalLoss, LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
 from fastcure._one_thread import one_thread
-from fastcure._validation import check_batch, check_positive, not_inside_torch_compile, refuse_transforms
+from fastcure._torch_compat import BatchNormBase, backward_retains_graph, not_inside_torch_compile
+from fastcure._validation import check_batch, check_positive, refuse_transforms
 from fastcure.engines import LOSS_ONLY, Engine, Evaluation, LossAt, Request, engine_called
 
-NORMS = (nn.modules.batchnorm._BatchNorm,)
+NORMS = (BatchNormBase,)
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def _take_state(ctx: Any) -> tuple[Any, bool]:
         raise RuntimeError("the curvature penalty has no second derivative: call backward without create_graph=True")
     if ctx.state is None:
         raise RuntimeError("the graph of this penalty was freed by an earlier backward: retain_graph=True keeps it")
-    state, retain = ctx.state, torch._C._autograd._get_current_graph_task_keep_graph()
+    state, retain = ctx.state, backward_retains_graph()
     if not retain:  # freed node by node while the inner backward runs, not when the caller drops the outputs
         ctx.state = None
     return state, retain

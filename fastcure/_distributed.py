@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fastcure._torch_compat import active_ddp, averaged_parameters, has_python_reducer
+
 _living: WeakSet[DistributedDataParallel] = WeakSet()
 """Every DistributedDataParallel of this process that was made since this file was imported, or that was looked for."""
 
 
 def refuse_static_graph() -> None:
     """Raise if a DistributedDataParallel around us takes the graph of its first step for that of every step."""
-    around = DistributedDataParallel._active_ddp_module
+    around = active_ddp()
     if around is not None and around.static_graph:
         raise ValueError(
             "CURE must not be in a DistributedDataParallel with static_graph=True: where a step's graph is not that of "
@@ -51,7 +53,7 @@ def averaged_once(roots: tuple[object, ...], *values: Tensor) -> tuple[Tensor, .
     """
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in values)):
         return values
-    around = DistributedDataParallel._active_ddp_module
+    around = active_ddp()
     if (passed_by := _passed_by(roots, around)) is not None:
         return _Refused.apply(ref(passed_by), *values)
     if around is not None and around.require_backward_grad_sync:
@@ -70,13 +72,13 @@ def _passed_by(roots: tuple[object, ...], around: DistributedDataParallel | None
     parameters = (p for root in roots if isinstance(root, nn.Module) for p in root.parameters())
     left = {id(parameter) for parameter in parameters if parameter.requires_grad}
     if around is not None:
-        left -= {id(parameter) for parameter in around._module_parameters}
-    return next((other for other in others if not left.isdisjoint(map(id, other._module_parameters))), None)
+        left -= {id(parameter) for parameter in averaged_parameters(around)}
+    return next((other for other in others if not left.isdisjoint(map(id, averaged_parameters(other)))), None)
 
 
 def _averages(wrapper: DistributedDataParallel) -> bool:
     """Tell whether it awaits a forward of its own to average; the reducer in Python averages whatever arrives."""
-    if wrapper._use_python_reducer or not wrapper.require_backward_grad_sync:
+    if has_python_reducer(wrapper) or not wrapper.require_backward_grad_sync:
         return False
     return dist.get_world_size(wrapper.process_group) > 1
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from fastcure._one_thread import one_thread
+from fastcure._torch_compat import uncompiled
 from fastcure._validation import check_classes
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -268,6 +269,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, nn.DataParallel):
         raise TypeError("model must not be a DataParallel: use DistributedDataParallel(CURE(model))")
-    original = getattr(model, "_orig_mod", model)
+    original = uncompiled(model)
     assert isinstance(original, nn.Module)
     return original

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastcure._torch_compat import in_forward_mode, in_functorch_transform
+
 Bounds = tuple[float, float]
 SLACK = 1e-3
 """By which resampling and rounding may leave the range of pixels, as a share of that range."""
@@ -58,23 +60,11 @@ def refuse_transforms() -> None:
     """Raise where autograd's ordinary gradients, of which the penalty is made, cannot be had or would be lost."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("the penalty is made of gradients, which torch.inference_mode forbids: use torch.no_grad")
-    if forward_ad._current_level >= 0 or inside_transform():
+    if in_forward_mode() or in_functorch_transform():
         raise RuntimeError(
             "the penalty has no forward-mode derivative and no rule for torch.func (grad, jvp, vmap): call it outside "
             "of these, and take its gradients by backward()"
         )
-
-
-def inside_transform() -> bool:
-    """Tell whether a transform of torch.func (grad, jvp, vmap) runs now."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def not_inside_torch_compile() -> None:
-    """Do nothing; where torch.compile comes upon it, torch raises an error that has this name in it."""
-
-
-not_inside_torch_compile._dynamo_forbidden = True  # type: ignore[attr-defined]
 
 
 def check_batch(x: Tensor, y: Tensor, direction: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss, graph_nodes
+from fastcure._torch_compat import elu_slope
 
 ALWAYS = re.compile(
     r"(Relu|LeakyRelu|PreluKernel|RreluWithNoise|Hardtanh|Hardsigmoid|Hardswish|Threshold|Softshrink|Hardshrink"
@@ -105,4 +106,4 @@ def _names(nodes: list[Any], kinds: re.Pattern[str]) -> set[str]:
 
 def _is_selu(node: Any) -> bool:
     """Tell an ELU whose slope jumps at 0: SELU, or an alpha other than 1 (CELU's does not)."""
-    return type(node).__name__.startswith("EluBackward") and node._saved_alpha * node._saved_input_scale != 1
+    return type(node).__name__.startswith("EluBackward") and elu_slope(node) != 1

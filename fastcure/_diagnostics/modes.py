@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastcure._diagnostics.warning import TORCH, warn
+from fastcure._torch_compat import BatchNormBase, DropoutBase
 
 STRENGTHS = ("p", "drop_prob", "drop_path", "drop_rate", "prob", "dropout", "dropout_p", "rate")
 """What modules of other libraries call the share that they drop."""
@@ -40,7 +41,7 @@ def warn_of_idle_norms(model: nn.Module, batch_stats: str) -> None:
         return
     idle = 0
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        if isinstance(module, BatchNormBase) and module.running_mean is not None:
             if module.training:
                 return
             idle += 1
@@ -86,7 +87,7 @@ def dropped(module: nn.Module) -> float:
     Dropout, stochastic depth and their like are known by their class: torch's own, and of other libraries those that
     have such a name (`DropPath`, `StochasticDepth`, `PatchDropout`, `DropBlock2d`) and a number in one of `STRENGTHS`.
     """
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DropoutBase):
         return module.p
     if isinstance(module, nn.MultiheadAttention):
         return module.dropout

@@ -22,14 +22,22 @@ import torch
 from fastcure_kernels.backend import use_triton
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastcure._folding.pending import Pending
 from fastcure._one_thread import one_thread
-from fastcure._validation import inside_transform
+from fastcure._torch_compat import (
+    PARTS_OF_FORWARD,
+    convolve,
+    has_hooks,
+    in_functorch_transform,
+    registered_parameters,
+    tree_leaves,
+    version,
+    without_storage,
+)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-METHODS = frozenset(("forward", "_conv_forward", "_check_input_dim"))
+METHODS = frozenset(("forward", *PARTS_OF_FORWARD))
 """Those that a module may have of its own, in place of its class's."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -93,13 +101,13 @@ class Output(Tensor):
     @classmethod
     def of(cls, fold: Fold, value: Tensor) -> Output:
         """Wrap `value`, the output of `fold.norm`."""
-        out = Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
+        out = without_storage(cls, value)
         out.fold, out.value = fold, value
         return out
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         raise UsedElsewhereError(next(leaf.fold.layer for leaf in leaves if isinstance(leaf, Output)))
 
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
@@ -163,11 +171,10 @@ def can_be_folded(fold: Fold) -> bool:
 
 def plain(module: nn.Module) -> bool:
     """Tell whether a module does what its class says, and nobody listens."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    registered = {"weight", "bias"} <= module._parameters.keys()  # others may depend on the input
+    registered = {"weight", "bias"} <= set(registered_parameters(module))  # others may depend on the input
     kind = type(module)
     own = kind.forward is FORWARDS.get(kind, kind.forward) and vars(module).keys().isdisjoint(METHODS)
-    return registered and own and not any(hooks) and not _has_any_global_hook()
+    return registered and own and not has_hooks(module)
 
 
 def has_statistics(norm: nn.Module) -> bool:
@@ -191,7 +198,7 @@ def channel_map_of(
 
 
 def _apply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
+    return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else convolve(layer, x, weight, bias)
 
 
 # The argument of a layer's `forward` is called `input`: a model may give it by that name.
@@ -213,7 +220,7 @@ def _folded(fold: Fold, watch: Watch | None) -> Callable[[Tensor], Tensor]:
     folded = _once(fold)
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002
-        if fold.norm.training or input.dim() != layer.weight.dim() or inside_transform():
+        if fold.norm.training or input.dim() != layer.weight.dim() or in_functorch_transform():
             return _apply(layer, input, layer.weight, layer.bias)
         weight, bias = folded()
         kernel = use_triton(input)
@@ -244,7 +251,7 @@ def _once(fold: Fold) -> Callable[[], tuple[Tensor, Tensor]]:
 
     def folded() -> tuple[Tensor, Tensor]:
         tensors = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        state = [torch.is_grad_enabled(), *[part._version for part in tensors if part is not None]]
+        state = [torch.is_grad_enabled(), *[version(part) for part in tensors if part is not None]]
         if parts[:1] != [state] or any(old is not new for old, new in zip(parts[1:], tensors, strict=True)):
             s, t = channel_map(norm)
             dtype = layer.weight.dtype  # that of the norm may be wider

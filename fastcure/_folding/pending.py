@@ -8,7 +8,16 @@ import torch
 from fastcure_kernels import bias_relu
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+
+from fastcure._torch_compat import (
+    is_in_place,
+    operator_name,
+    tree_leaves,
+    tree_map,
+    version,
+    without_storage,
+    without_torch_function,
+)
 
 METADATA = frozenset(
     [
@@ -57,7 +66,7 @@ class Pending(Tensor):
     @classmethod
     def of(cls, x: Tensor, bias: Tensor | None, residual: Tensor | None, takers: tuple[list[str], ...]) -> Pending:
         """Write down a sum of plain tensors of one dtype."""
-        out = Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
+        out = without_storage(cls, x, strides=True)
         out.takers, out.aliased = takers, False
         if torch.is_grad_enabled():
             return out.becomes(x, bias, residual)
@@ -68,7 +77,7 @@ class Pending(Tensor):
         """Change to another sum, as an operator in place does: for everybody who holds this object."""
         self.x, self.bias, self.residual = x, bias, residual
         self._versions = self._versions_now()
-        with torch._C.DisableTorchFunctionSubclass():  # autograd sets attributes
+        with without_torch_function():  # autograd sets attributes
             return _History.apply(self, x, bias, residual)
 
     def terms(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -101,13 +110,13 @@ class Pending(Tensor):
     def _versions_now(self) -> list[int]:
         """Versions of the terms; of one alone, which is the sum itself, every version is right."""
         terms = [term for term in (self.x, self.bias, self.residual) if term is not None]
-        return [term._version for term in terms] if len(terms) > 1 else []
+        return [version(term) for term in terms] if len(terms) > 1 else []
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         if func in RELU:
             first = args[0] if args else kwargs["input"]
@@ -129,14 +138,14 @@ class Pending(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         # Called from C++, below autograd, which has given the result the history of this object.
-        if func._schema.is_mutable and isinstance(args[0], Pending):
-            args[0].taken_by(func._opname)
+        if is_in_place(func) and isinstance(args[0], Pending):
+            args[0].taken_by(operator_name(func))
             raise OverwrittenError
 
         def plain(leaf: Any) -> Any:
             if not isinstance(leaf, Pending):
                 return leaf
-            leaf.taken_by(func._opname)
+            leaf.taken_by(operator_name(func))
             return _sum(*leaf.terms())
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
@@ -149,10 +158,10 @@ def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
         if func not in RELU:
             each.taken_by(getattr(func, "__name__", str(func)))
     args, kwargs = tree_map(lambda leaf: leaf.value() if isinstance(leaf, Pending) else leaf, (args, kwargs))
-    versions = [each.x._version for each in pending]
+    versions = [version(each.x) for each in pending]
     out = func(*args, **kwargs)
-    for each, version in zip(pending, versions, strict=True):
-        if each.x._version != version:
+    for each, before in zip(pending, versions, strict=True):
+        if version(each.x) != before:
             if each.x.shape != each.shape:
                 raise OverwrittenError
             each.becomes(each.x)

@@ -24,7 +24,8 @@ from fastcure._folding.layers import (
 )
 from fastcure._folding.pending import RELU, OverwrittenError, Pending
 from fastcure._functional import check_initialised, evaluation_mode, unwrap
-from fastcure._validation import check_images, inside_transform
+from fastcure._torch_compat import in_functorch_transform
+from fastcure._validation import check_images
 from fastcure.engines.base import twice_differentiable
 from fastcure.objectives.cure import CURE
 
@@ -59,7 +60,7 @@ def find(model: nn.Module, x: Tensor) -> tuple[list[Fold], dict[nn.Module, str]]
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         calls.setdefault(module, []).append((args[0] if args else kwargs["input"], output))
-        if inside_transform():
+        if in_functorch_transform():
             transformed.add(module)
 
     watched = [module for module in names if (type(module) in LAYERS or isinstance(module, NORMS)) and plain(module)]

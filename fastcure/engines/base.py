@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from fastcure._functional import FunctionalLoss
 from fastcure._one_thread import Shared
+from fastcure._torch_compat import compiler_is_loaded
 from fastcure.rules.second_derivatives import INSTEAD, PLAIN_ATTENTION, missing_derivatives
 
 LossAt = Literal["x", "step"]
@@ -138,8 +138,7 @@ def twice_differentiable() -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    compiled = "torch._dynamo" in sys.modules  # without it nothing is, and its import takes a second
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
 
 
 UNCOMPILED = Shared(_uncompiled)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastcure._functional import LossFn, find_logits
+from fastcure._torch_compat import compiled_graphs, compiling, graph_break_error
 from fastcure._weak import weakly
 from fastcure.engines.base import Evaluation, GraphEngine, Request, evaluation, twice_differentiable
 from fastcure.engines.eager import Eager, root
@@ -90,7 +91,7 @@ class Compile(GraphEngine):
                 )
             return evaluation(logits, loss, penalty, functional.leaves(loss, penalty, inputs=()))
 
-        compiled = compilations()
+        compiled = compiled_graphs()
         if fresh:
             try:
                 with twice_differentiable():
@@ -100,7 +101,7 @@ class Compile(GraphEngine):
                 raise
         else:
             result = run()
-            if compilations() == compiled:
+            if compiled_graphs() == compiled:
                 return result
         began, kept = time.perf_counter(), functional.state
         logger.warning("fastcure: compiling %s for %s ...", type(functional.model).__name__, tuple(x.shape))
@@ -145,13 +146,6 @@ def has_compiler() -> bool:
     return bool(os.environ.get("CXX") or shutil.which("g++"))
 
 
-def compilations() -> int:
-    """How many graphs torch has compiled up to now."""
-    import torch._dynamo.utils
-
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
 def _disturbed(state: dict[str, Tensor], folding: Folding) -> dict[str, Tensor]:
     """The state of an functional with other running statistics in what is folded."""
     prefix = "model."
@@ -177,10 +171,6 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> C
         raise RuntimeError(
             "engine='compile' needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
         )
-    import torch._dynamo
-    import torch._functorch.config
-    import torch._inductor.config
-
     from fastcure.engines.rewrite import Rewrite
 
     def penalty(
@@ -213,16 +203,10 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> C
     program = torch.compile(penalty, backend=backend, dynamic=False, fullgraph=True)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with (
-            torch._functorch.config.patch(donated_buffer=False),  # it cannot serve a backward with retain_graph
-            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),  # hooks may come and go
-            torch._inductor.config.patch(joint_custom_pre_pass=Rewrite()),
-            PLAIN_ATTENTION,
-            missing_derivatives(Compile.instead),
-        ):
+        with compiling(Rewrite()), PLAIN_ATTENTION, missing_derivatives(Compile.instead):
             try:
                 return program(*arguments)
-            except torch._dynamo.exc.Unsupported as error:
+            except graph_break_error() as error:
                 reason = str(error).splitlines()[0]
                 raise RuntimeError(
                     f"engine='compile' needs a model that torch.compile takes whole, and this one breaks its graph "

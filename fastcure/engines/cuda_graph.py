@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcure._recorder import Captures, CudaRecorder, Recorder, buffers
+from fastcure._torch_compat import version
 from fastcure.engines.base import Engine, Evaluation, Request
 from fastcure.engines.eager import Eager
 
@@ -104,7 +105,7 @@ class _Captured:
             mine.copy_(its)
         self.replay_forward()
         self.number += 1
-        self.versions = [p._version for p in self.parameters]
+        self.versions = [version(p) for p in self.parameters]
         logits, loss, penalty = (value.clone() for value in self.values if value is not None)
         return Evaluation(logits, loss, penalty, self.parameters, _Step(self, self.number))
 
@@ -119,7 +120,7 @@ class _Captured:
                 "engine='cuda_graph' frees what a step holds in its backward: send loss and penalty backward together, "
                 "or use engine='eager'"
             )
-        if self.versions != [p._version for p in self.parameters]:
+        if self.versions != [version(p) for p in self.parameters]:
             raise RuntimeError(
                 "parameters were modified in place since the forward: call backward before the optimiser"
             )

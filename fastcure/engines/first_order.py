@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcure._diagnostics.kinks import warn_of_kinks
 from fastcure._functional import evaluation_mode, input_gradient
 from fastcure._one_thread import one_thread
+from fastcure._torch_compat import version
 from fastcure.engines.base import Engine, Evaluation, Request
 from fastcure.engines.eager import root, second_point
 
@@ -58,7 +59,7 @@ class FirstOrder(Engine):
         penalty = d.float().square() if d.dtype != torch.float64 else d.square()
         penalty = penalty.flatten(1).sum(1)
         leaves = [leaf for leaf, _ in found]
-        versions = [leaf._version for leaf in leaves]
+        versions = [version(leaf) for leaf in leaves]
         device = x.device.type
         autocast = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         state = Pass(request, step.detach(), d, leaves, versions, autocast)
@@ -96,7 +97,7 @@ class FirstOrder(Engine):
 
     def _accumulate(self, state: Pass, points: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
         total: list[Tensor | None] = [None] * len(state.leaves)
-        if [leaf._version for leaf in state.leaves] != state.versions:
+        if [version(leaf) for leaf in state.leaves] != state.versions:
             raise RuntimeError(
                 "parameters were modified in place since the forward: call backward before the optimiser"
             )

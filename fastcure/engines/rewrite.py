@@ -18,8 +18,9 @@ import operator
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+
+from fastcure._torch_compat import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, unwrap
+from fastcure._torch_compat import FSDP_ATTRIBUTE
 
 _wrappers: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 """The modules that have each objective as their `module`, as wrappers do."""
@@ -132,7 +133,7 @@ def refuse_settings_on(wrapper: nn.Module, objective: Objective) -> None:
     Raises:
         ValueError: if so, unless the value is that of `objective`.
     """
-    found = {**vars(wrapper), **wrapper._modules, **wrapper._parameters, **wrapper._buffers}
+    found = vars(wrapper) | {**dict(wrapper.named_children()), **dict(wrapper.named_parameters(recurse=False))}
     for name in objective.settings:
         if name in found and found[name] is not (own := getattr(objective, name)):
             value, kind = found[name], type(objective).__name__
@@ -145,7 +146,7 @@ def refuse_settings_on(wrapper: nn.Module, objective: Objective) -> None:
 
 
 def _remember(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
-    if name in ("module", "_fsdp_wrapped_module") and isinstance(module, Objective):
+    if name in ("module", FSDP_ATTRIBUTE) and isinstance(module, Objective):
         _wrappers.setdefault(module, WeakSet()).add(wrapper)
 
 

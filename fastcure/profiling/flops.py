@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from fastcure._torch_compat import TorchDispatchMode, operator_packet
 
 
 class FlopCounter(TorchDispatchMode):
@@ -26,6 +27,6 @@ class FlopCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+        if (count := flop_registry.get(operator_packet(func))) is not None:
             self.total += int(count(*args, **(kwargs or {}), out_val=out))
         return out

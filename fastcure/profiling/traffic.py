@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from fastcure._torch_compat import TorchDispatchMode, operator_packet, tree_leaves, unsafe_view
 
 
 class TrafficCounter(TorchDispatchMode):
@@ -29,8 +28,8 @@ class TrafficCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        view = func.is_view or func is torch.ops.aten._unsafe_view.default
-        if not view and func._overloadpacket not in flop_registry:
+        view = func.is_view or func is unsafe_view
+        if not view and operator_packet(func) not in flop_registry:
             self.total += sum(_bytes(leaf) for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
         return out
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from fastcure._torch_compat import math_attention
 
 
 def scaled_dot_product_attention(
@@ -18,9 +19,7 @@ def scaled_dot_product_attention(
     **options: Any,
 ) -> Tensor:
     """`softmax(query key^T / sqrt(E)) value`; `(..., L, E)`, `(..., S, E)`, `(..., S, E_v)` -> `(..., L, E_v)`."""
-    operator = torch.ops.aten._scaled_dot_product_attention_math
-    out: Tensor = operator(query, key, value, mask, dropout, causal, **options)[0]
-    return out
+    return math_attention(query, key, value, mask, dropout, causal, **options)[0]
 
 
 RULES = {"scaled_dot_product_attention": scaled_dot_product_attention}

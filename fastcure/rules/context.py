@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from fastcure._torch_compat import in_forward_mode, in_functorch_transform, set_thread_local, thread_local
 from fastcure.rules import attention, batch_norm, convolution, hard_activations, row_norms
 
 Rule = Callable[..., Any]
@@ -59,11 +59,11 @@ def double_backward() -> Iterator[None]:
     """
     _install()
     depth = _depth()
-    torch._C._stash_obj_in_tls(_KEY, depth + 1)
+    set_thread_local(_KEY, depth + 1)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_KEY, depth)
+        set_thread_local(_KEY, depth)
         _remove()
 
 
@@ -79,7 +79,7 @@ def _depth() -> int:
     Kept in torch's own thread-local state: autograd gives it to the threads in which it runs a backward on a GPU, where
     activation checkpointing runs the forward again.
     """
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else 0
+    return thread_local(_KEY, 0)
 
 
 def _install() -> None:
@@ -131,4 +131,4 @@ def _ordinary(args: tuple[Any, ...]) -> bool:
 
 
 def _in_transform() -> bool:
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return in_forward_mode() or in_functorch_transform()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcure._torch_compat import engine_will_execute, is_batched_gradient
+
 
 def wanted(ctx: Any, inputs: int) -> list[bool]:
     """Return which of the first `inputs` arguments of a Function need a gradient in the backward pass that runs now.
@@ -20,7 +22,7 @@ def wanted(ctx: Any, inputs: int) -> list[bool]:
 
 def _continues_into(node: Any) -> bool:
     try:
-        return torch._C._will_engine_execute_node(node)
+        return engine_will_execute(node)
     except RuntimeError:  # a leaf for whose gradient torch.autograd.grad was called
         return True
 
@@ -47,7 +49,7 @@ def refuse_batched(g: Tensor) -> None:
     Raises:
         RuntimeError: within `torch.autograd.grad(..., is_grads_batched=True)`.
     """
-    if torch._C._functorch.is_legacy_batchedtensor(g):
+    if is_batched_gradient(g):
         raise RuntimeError(
             "fastcure.double_backward() does not support is_grads_batched=True (and vectorize=True): call "
             "torch.autograd.grad once for each gradient, or leave the context out"

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastcure._torch_compat import hardsigmoid_in_c, hardswish_in_c
+
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     """Compute `min(max(x + 3, 0), 6) / 6`; the derivative at -3 and 3 is 0, as torch's."""
@@ -90,9 +92,9 @@ def instance_norm(
 
 RULES: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: hardsigmoid,
-    torch._C._nn.hardsigmoid: hardsigmoid,
+    hardsigmoid_in_c: hardsigmoid,
     F.hardswish: hardswish,
-    torch._C._nn.hardswish: hardswish,
+    hardswish_in_c: hardswish,
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.batch_norm: batch_norm,

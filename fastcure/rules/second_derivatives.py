@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules._functions import BackwardHookFunction
 
 from fastcure._functional import FunctionalLoss, ModelWithLoss, graph_nodes, unreachable
 from fastcure._one_thread import Shared
+from fastcure._torch_compat import BackwardHookFunction, function_of
 from fastcure.rules.plain_operators import PlainOperators
 
 INSTEAD = "use engine='first_order', or method='finite' in fastcure.analysis"
@@ -102,7 +102,7 @@ class Twice:
 def _is_foreign(kind: type) -> bool:
     """Tell a Function in Python, ours and that of backward hooks apart, or one of C++ code that is not torch's."""
     if issubclass(kind, BackwardCFunction):
-        function: Any = kind._forward_cls  # type: ignore[attr-defined]
+        function: Any = function_of(kind)
         return function is not BackwardHookFunction and not function.__module__.startswith(
             ("fastcure.", "fastcure_kernels.")
         )

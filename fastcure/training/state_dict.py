@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastcure._torch_compat import WRAPPER_ATTRIBUTES
+
 AVERAGES = {"ema", "state_dict_ema", "model_ema", "ema_model", "ema_state_dict", "averaged_model"}
 """Names of averaged weights: taken where there are no others."""
 
@@ -17,7 +19,7 @@ NESTINGS = (
 )
 """Where training scripts, Lightning, timm and others put the state dict."""
 
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WRAPPERS = tuple(f"{name}." for name in WRAPPER_ATTRIBUTES)
 """What torch.compile, FSDP and activation checkpointing put into names, wherever the wrapped module is."""
 
 

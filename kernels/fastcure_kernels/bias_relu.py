@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from .backend import use_triton
 from .jit import kernel
 from .rows import accumulation_dtype, check_operands
+from .torch_compat import engine_will_execute
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -92,7 +93,7 @@ def _sum_of_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _wanted_now(ctx: Any) -> bool:
     """Whether this very pass takes the gradient of the last tensor, which is no leaf, any further."""
-    return torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
+    return engine_will_execute(ctx.next_functions[-1][0])
 
 
 class _BiasReLU(torch.autograd.Function):

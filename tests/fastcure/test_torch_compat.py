@@ -1,0 +1,330 @@
+"""A canary for each private name of torch's that the package uses: a failure says what broke when torch moved."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import fastcure_kernels.torch_compat as kernels_compat
+import pytest
+import torch
+from canaries import breaks
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+import fastcure._torch_compat as compat
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")  # of torch's own files
+
+
+class Square(torch.autograd.Function):
+    """Notes what its backward sees."""
+
+    notes: list[object]
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        nodes = [node for node, _ in ctx.next_functions]
+        Square.notes = [
+            [compat.engine_will_execute(node) for node in nodes],
+            [kernels_compat.engine_will_execute(node) for node in nodes],
+            compat.backward_retains_graph(),
+            compat.thread_local("fastcure.test", None),
+        ]
+        return g * w, g * x
+
+
+def product() -> tuple[Tensor, Tensor, Tensor]:
+    x, w = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    return x, w, Square.apply(x.view_as(x), w.view_as(w))
+
+
+@pytest.mark.parametrize("module", [compat, kernels_compat])
+@breaks("rules would compute gradients of weights that nobody asked for; rules would leave out gradients")
+def test_a_backward_knows_which_nodes_it_goes_through(module: object) -> None:
+    x, w, y = product()
+    which = 0 if module is compat else 1
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert Square.notes[which] == [True, False]
+    torch.autograd.grad(y.sum(), w, retain_graph=True)
+    assert Square.notes[which] == [False, True]
+    y.sum().backward()
+    assert Square.notes[which] == [True, True]
+
+
+@breaks("a rule asked about a leaf would get an answer that it does not know")
+def test_a_leaf_for_whose_gradient_grad_was_called_is_an_error() -> None:
+    class OfLeaf(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            with pytest.raises(RuntimeError):
+                compat.engine_will_execute(ctx.next_functions[0][0])
+            return g
+
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(OfLeaf.apply(x).sum(), x)
+
+
+@breaks("engines would free, or keep, the graph of a penalty against retain_graph")
+def test_a_backward_knows_whether_its_graph_is_kept() -> None:
+    x, _, y = product()
+    for retain in (True, False):
+        torch.autograd.grad(y.sum(), x, retain_graph=retain)
+        assert Square.notes[2] is retain
+
+
+@breaks("a change of a weight between forward and backward would go unseen")
+def test_versions_count_changes_in_place() -> None:
+    x = torch.ones(2)
+    before = compat.version(x)
+    x.add_(1)
+    x[:1].mul_(2)
+    assert compat.version(x) == before + 2
+
+
+@breaks("foreign Functions would not be tried for a second derivative; backward hooks would count as foreign code")
+def test_a_node_knows_its_function() -> None:
+    node = product()[2].grad_fn
+    assert compat.function_of(type(node)) is Square
+    hooked = nn.Linear(2, 2)
+    hooked.register_full_backward_hook(lambda *_: None)
+    node = hooked(torch.ones(1, 2)).grad_fn
+    assert compat.function_of(type(node)) is compat.BackwardHookFunction
+
+
+@pytest.mark.parametrize(("name", "slope"), [("elu", 1.0), ("selu", 1.6732632)])
+@breaks("the kink of SELU would not be warned of")
+def test_an_elu_tells_its_slopes(name: str, slope: float) -> None:
+    node = getattr(F, name)(torch.ones(2, requires_grad=True)).grad_fn
+    assert compat.elu_slope(node) == pytest.approx(slope)
+
+
+@breaks("tangents would be lost without an error")
+def test_forward_mode_is_seen() -> None:
+    assert not compat.in_forward_mode()
+    with forward_ad.dual_level():
+        assert compat.in_forward_mode()
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.vmap, torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))]
+)
+@breaks("rules would run inside torch.func, where their gradients are wrong")
+def test_transforms_are_seen(transform: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    seen = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(compat.in_functorch_transform())
+        return x.sum()
+
+    assert not compat.in_functorch_transform()
+    transform(f)(torch.ones(3))
+    assert seen == [True]
+
+
+@breaks("rules would mix the gradients of is_grads_batched=True")
+def test_batched_gradients_are_seen() -> None:
+    seen = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(compat.is_batched_gradient(g))
+            return g
+
+    x = torch.ones(2, requires_grad=True)
+    y = Seen.apply(x)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [True, False]
+
+
+@breaks("double_backward() of one thread would act in another; double_backward() would not act in a backward")
+def test_torchs_thread_local_state_belongs_to_a_thread() -> None:
+    compat.set_thread_local("fastcure.test", 7)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(compat.thread_local("fastcure.test", None)))
+    thread.start()
+    thread.join()
+    x, _, y = product()
+    torch.autograd.grad(y.sum(), x)
+    assert compat.thread_local("fastcure.test", None) == 7
+    assert found == [None]
+    assert Square.notes[3] == 7
+
+
+@breaks("batch_stats='train' would miss a batch norm; dropout left out would not be warned of")
+def test_norms_and_dropout_have_their_bases() -> None:
+    norms = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d]
+    assert all(issubclass(kind, compat.BatchNormBase) for kind in norms)
+    assert not issubclass(nn.InstanceNorm2d, compat.BatchNormBase)
+    dropouts = [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+    assert all(issubclass(kind, compat.DropoutBase) for kind in dropouts)
+
+
+@breaks("a compiled model would not be differentiated twice; checkpoints of wrapped models would not be read")
+def test_wrappers_have_their_attributes() -> None:
+    model = nn.Linear(2, 2)
+    assert compat.uncompiled(torch.compile(model)) is model
+    assert compat.uncompiled(model) is model
+    source = Path(torch.distributed.__file__).parent
+    texts = "".join((source / name).read_text() for name in ("fsdp/_common_utils.py",))
+    texts += (source / "algorithms/_checkpoint/checkpoint_wrapper.py").read_text()
+    for name in compat.WRAPPER_ATTRIBUTES[1:]:
+        assert f'"{name}"' in texts
+    assert compat.FSDP_ATTRIBUTE in compat.WRAPPER_ATTRIBUTES
+
+
+@breaks("folding would lose the padding mode; a method of an instance's own would be passed over")
+def test_convolutions_run_with_other_weights_in_every_padding_mode() -> None:
+    layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")
+    x, weight = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 3, 3)
+    wanted = F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), weight)
+    torch.testing.assert_close(compat.convolve(layer, x, weight, None), wanted)
+    assert hasattr(nn.Conv2d, compat.PARTS_OF_FORWARD[0])
+    assert hasattr(nn.BatchNorm2d, compat.PARTS_OF_FORWARD[1])
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+@pytest.mark.parametrize("everywhere", [False, True])
+@breaks("folding would pass a hook by")
+def test_hooks_are_seen(register: str, everywhere: bool) -> None:
+    module = nn.Linear(2, 2)
+    assert not compat.has_hooks(module)
+    on: object = module
+    if everywhere:
+        on, register = nn.modules.module, register.replace("register_", "register_module_")
+    handle = getattr(on, register)(lambda *_: None)
+    try:
+        assert compat.has_hooks(module)
+    finally:
+        handle.remove()
+
+
+@breaks("layers without a bias would not be folded")
+def test_parameters_that_are_none_are_registered() -> None:
+    assert {*compat.registered_parameters(nn.Linear(2, 2, bias=False))} == {"weight", "bias"}
+
+
+@breaks("gradients that are not averaged would go unseen (tests/distributed has the whole)")
+def test_distributed_data_parallel_has_what_is_asked_of_it() -> None:
+    assert DistributedDataParallel._active_ddp_module is None
+    assert compat.active_ddp() is None
+    source = Path(nn.parallel.distributed.__file__).read_text()
+    for line in ("self._module_parameters = [", "self._use_python_reducer ="):
+        assert line in source
+
+
+@breaks("a pending sum would be computed as soon as its shape is asked for; modes of the caller would be passed by")
+def test_functions_of_torch_pass_subclasses_by() -> None:
+    class Loud(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError
+
+        __torch_dispatch__ = __torch_function__
+
+    modes = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            modes.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = compat.without_storage(Loud, torch.ones(2, 3).T)
+    with Mode(), compat.without_torch_function():
+        assert x.size() == (3, 2)
+    assert modes
+
+
+@pytest.mark.parametrize("strides", [False, True])
+@breaks("a change in place of a pending sum would go unseen")
+def test_tensors_have_no_memory_but_shape_dtype_and_strides(strides: bool) -> None:
+    seen = []
+
+    class Shape(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append((compat.operator_name(func), compat.is_in_place(func)))
+            return args[0]
+
+    x = compat.without_storage(Shape, torch.ones(2, 3, dtype=torch.float16).T, strides)
+    assert (x.shape, x.dtype, x.stride()) == ((3, 2), torch.float16, (1, 3) if strides else (2, 1))
+    x.add(x)
+    x.add_(x)
+    assert seen == [("add", False), ("add_", True)]
+
+
+@breaks("no FLOPs would be counted; a view would count as traffic")
+def test_operators_are_counted_at_the_dispatcher() -> None:
+    calls = []
+
+    class Counter(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((compat.operator_packet(func), func))
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        torch.ones(2, 3) @ torch.ones(3, 4)
+        torch.ones(2, 2, 3) @ torch.ones(3, 4)
+    assert torch.ops.aten.mm in [packet for packet, _ in calls]
+    assert compat.unsafe_view in [func for _, func in calls]
+
+
+@breaks("tensors within lists and dicts would be passed over")
+def test_trees_are_walked() -> None:
+    tree = {"a": [1, (2, None)], "b": 3}
+    assert compat.tree_leaves(tree) == [1, 2, None, 3]
+    assert compat.tree_map(lambda leaf: leaf and leaf + 1, tree) == {"a": [2, (3, None)], "b": 4}
+
+
+@breaks("attention would have no second derivative, or a wrong one")
+def test_attention_has_its_plain_operator() -> None:
+    q, k, v = torch.rand(3, 1, 2, 4, 8, dtype=torch.float64).requires_grad_()
+    out, weights = compat.math_attention(q, k, v, None, 0.0, True)
+    assert weights.shape == (1, 2, 4, 4)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert torch.autograd.gradgradcheck(
+        lambda q: compat.math_attention(q, k.detach(), v.detach())[0], q.detach().requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("name", ["hardsigmoid", "hardswish"])
+@breaks("hardsigmoid or hardswish would be given torch's second derivative, of which there is none")
+def test_modes_see_the_functions_that_have_no_second_derivative(name: str) -> None:
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        getattr(nn, name.replace("hards", "Hards"))()(torch.ones(2))
+    assert {getattr(F, name), getattr(compat, f"{name}_in_c")} & {*seen}
