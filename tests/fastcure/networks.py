@@ -136,3 +136,21 @@ def relative(value: Tensor | Sequence[Tensor], truth: Tensor | Sequence[Tensor])
     a = torch.cat([v.detach().double().flatten() for v in values])
     b = torch.cat([t.detach().double().flatten() for t in truths])
     return float((a - b).norm() / b.norm())
+
+
+def rounding(dtype: torch.dtype, length: int, condition: float = 1.0) -> float:
+    """How far rounding can take a result from the truth, relative to it, on any processor.
+
+    Errors of a sum of `length` terms are independent and grow as its root; four passes (forward and backward, and both
+    differentiated) each add eps; a badly conditioned result multiplies them. Where a half precision accumulates in
+    float32, only the ends are rounded: a length of 1.
+    """
+    return 4 * condition * length**0.5 * torch.finfo(dtype).eps
+
+
+def cancellation(case: Case, penalty: Tensor) -> float:
+    """||g|| / ||d|| over the batch: by how much the difference d of two gradients g magnifies their rounding."""
+    x = case.x.clone().requires_grad_()
+    model = copy.deepcopy(case.model).eval()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(x), case.y, reduction="sum"), x)
+    return max(1.0, float((g.square().sum() / penalty.detach().sum()).sqrt()))

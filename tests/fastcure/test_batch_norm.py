@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, make, relative
+from networks import NETWORKS, Case, cancellation, make, relative, rounding
 from torch import Tensor, nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -91,7 +91,7 @@ def test_second_derivatives_in_every_layout_and_in_fp32(layout: str) -> None:
 
     ours = second(norm.float(), lambda x: normalise(norm, x), torch.float32)
     for value, truth in zip(ours, second(wide, wide, torch.float64), strict=True):
-        assert relative(value, truth) < 2e-6
+        assert relative(value, truth) < rounding(torch.float32, 5 * 6 * 3)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,11 @@ def test_mixed_dtypes_take_the_library_s_norm() -> None:
     truth = curvature(model, x, y, batch_stats="train", direction=z)
     with torch.autocast("cpu", torch.bfloat16):
         out = curvature(model, x, y, batch_stats="train", direction=z)
-    assert relative(out.penalty, truth.penalty) < 0.05
+    limit = rounding(torch.bfloat16, 1, cancellation(Case(model, x, y), truth.penalty))
+    assert relative(out.penalty, truth.penalty) < limit
     parameters = list(model.parameters())
     ours, wide = (grad((o.loss + o.penalty).sum(), parameters) for o in (out, truth))
-    assert relative(torch.cat([g.flatten() for g in ours]), torch.cat([g.flatten() for g in wide])) < 0.1
+    assert relative(ours, wide) < 2 * limit
 
 
 class Checkpointed(nn.Module):

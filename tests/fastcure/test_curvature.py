@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative
+from networks import NETWORKS, Case, cancellation, make, relative, rounding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,12 +45,11 @@ def test_fp32_stays_near_the_fp64_oracle(name: str, fixed_direction: bool) -> No
         z = F.normalize(torch.randn(6, wide.x[0].numel(), dtype=torch.float64)).view_as(wide.x)
         ours = gradients(wide.copy(torch.float32), h=0.7, direction=z.float() if fixed_direction else None)
         truth = gradients(wide, engine="reference", h=0.7, direction=z if fixed_direction else None)
-        errors.append(max(relative(value, oracle) for value, oracle in zip(ours, truth, strict=True)))
-    if NETWORKS[name].smooth:
-        assert max(errors) < 1e-5
-    else:  # a kink, and where the direction is not given a sign, may fall on the other side
-        assert sorted(errors)[10] < 1e-6
-        assert max(errors) < 1e-3
+        error = max(relative(value, oracle) for value, oracle in zip(ours, truth, strict=True))
+        # The longest sums are those of a weight's gradient, over the pixels of the batch.
+        errors.append(error / rounding(torch.float32, wide.x.numel(), cancellation(wide, truth[1])))
+    # A kink, and where the direction is not given a sign, may fall on the other side.
+    assert sorted(errors)[-1 if NETWORKS[name].smooth else -3] < 1
 
 
 def test_the_definitions_on_a_linear_network_by_hand() -> None:

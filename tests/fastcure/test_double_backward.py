@@ -90,7 +90,8 @@ def test_values_and_gradients_are_those_of_torch(name: str) -> None:
     inputs = inputs_of(name)
     a, b = ours(name), OPERATORS[name][0]
     assert relative(a(*inputs), b(*inputs)) < 1e-14
-    limit = 1e-7 if name == "hardsigmoid" else 1e-13  # torch divides by 6 in single precision there
+    # Torch divides by 6 in single precision there.
+    limit = torch.finfo(torch.float32).eps if name == "hardsigmoid" else 1e-13
     assert relative(gradients(a, *inputs), gradients(b, *inputs)) < limit
 
 
@@ -258,9 +259,9 @@ def test_autocast_gives_the_dtypes_of_torch(name: str, dtype: torch.dtype) -> No
     (a, ours_), (b, theirs) = outputs
     assert a.dtype == b.dtype
     assert [g.dtype for g in ours_] == [g.dtype for g in theirs]
-    epsilon = torch.finfo(a.dtype).eps
-    assert relative(a, b) < 4 * epsilon
-    assert relative(ours_, theirs) < 8 * epsilon
+    epsilon = torch.finfo(a.dtype).eps  # both round up to 8 results in between by half of it, and as many again
+    assert relative(a, b) < 8 * epsilon
+    assert relative(ours_, theirs) < 16 * epsilon
 
 
 @every_operator
@@ -274,7 +275,7 @@ def test_half_precision_is_near_the_truth(name: str) -> None:
         torch.autograd.grad(sum(g.square().sum() for g in gradients(ours(name), *values)), values)
         for values in (inputs, wide)
     )
-    assert relative(found, truth) < 0.1
+    assert relative(found, truth) < 16 * torch.finfo(torch.bfloat16).eps  # rounded in about 32 places, by half of it
 
 
 def test_batched_gradients_are_refused() -> None:
