@@ -23,6 +23,8 @@ from torch.fx import Graph, Node
 from fastcure._torch_compat import CustomGraphPass, get_hash_for_files
 
 aten = torch.ops.aten
+PARTS = (aten.slice.Tensor, aten.clone.default)
+"""What may stand around an exchange of dimensions: the share of a group, and the copy that torch makes on CUDA."""
 
 
 class Rewrite(CustomGraphPass):
@@ -49,7 +51,7 @@ def _is_weight_gradient(node: Node) -> bool:
     if node.target is not aten.convolution.default or node.args[2] is not None or node.args[6] or node.args[8] != 1:
         return False
     kernel = node.args[1]
-    while isinstance(kernel, Node) and kernel.target is aten.slice.Tensor:  # the share of a group
+    while isinstance(kernel, Node) and kernel.target in PARTS:
         kernel = kernel.args[0]
     return isinstance(kernel, Node) and _exchanges(kernel)
 
@@ -59,7 +61,7 @@ def _cut(node: Node) -> tuple[Node, Any]:
     last, value = node, node.meta["val"].transpose(0, 1)
     cut = _only_user(node)
     if cut is not None and _exchanges(cut):
-        while cut is not None and (cut.target is aten.slice.Tensor or last is node):
+        while cut is not None and (cut.target in PARTS or last is node):
             last, value, cut = cut, cut.meta["val"], _only_user(cut)
     return last, value
 
