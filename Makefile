@@ -42,9 +42,9 @@ torchrun-soak: $(VENV)/installed
 	$(BIN)/python benchmarks/finished_runs.py --runs 50 --busy 2
 
 # Small faults put into the code, one at a time: which do the tests notice? PART=attacks for one part (pyproject.toml has
-# them), SAMPLE=all for every fault instead of a seeded sample for each file, JOBS for the processes at a time.
+# them), SAMPLE=all for every fault instead of a sample for each file drawn with SEED, JOBS for the processes at a time.
 mutate: $(VENV)/installed
-	$(BIN)/python tests/mutation/mutate.py $(PART) --sample $(SAMPLE) --jobs $(JOBS)
+	$(BIN)/python tests/mutation/mutate.py $(PART) --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
