@@ -13,7 +13,7 @@ SAMPLE ?= 12
 JOBS   ?= 2
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test fuzz soak torchrun-soak mutate lint bench
+.PHONY: demo test fuzz soak torchrun-soak mutate lint bench docs
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -55,6 +55,14 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
 	$(KEEP) $(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" --benchmark-disable-gc -W default -k "$(ONLY)"
+
+# Pages and API reference, as static files in site/. A warning is an error, and nothing is loaded from the network.
+docs: $(VENV)/docs-installed
+	$(BIN)/zensical build --clean --strict
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	touch $@
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -34,6 +34,10 @@ from robustness_table import KEY, MAY_DIFFER, Row, Table
 
 from fastcure._writing import write_whole
 
+TABLE = FOLDER / "robustness.csv"
+PICTURE = Path(__file__).parent.parent / "docs" / "robustness.png"
+"""Of that table; of another one it lies beside the table."""
+
 GAMMAS = {
     "CURE frozen": (1.0, 0.3, 3.0),
     "CURE split": (1.0,),
@@ -199,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--eps", type=float, help="radius in [0, 1], in place of the preset's")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--cifar10-jpeg", type=Path, help=f"the file of {JPEG}")
-    parser.add_argument("--out", type=Path, default=FOLDER / "robustness.csv")
+    parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--cache", type=Path, default=Path("runs/robustness"), help="trained weights and tables")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", action="store_true", help="show what is there, and run nothing")
@@ -222,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     tables = given.cache / "tables.md"
     tables.parent.mkdir(parents=True, exist_ok=True)
     write_whole(tables, (summary(table.rows) + "\n").encode())
-    print(f"picture in {draw(table.rows, given.out.with_suffix('.png'))}, tables in {tables}")
+    picture = PICTURE if given.out == TABLE else given.out.with_suffix(".png")
+    print(f"picture in {draw(table.rows, picture)}, tables in {tables}")
     return 0
 
 

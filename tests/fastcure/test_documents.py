@@ -1,8 +1,13 @@
 """What the documents name is there."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import document_blocks
+import pytest
 from robustness_summary import overview, summary
 from robustness_table import Table
 
@@ -10,6 +15,9 @@ TESTS = Path(__file__).parents[1]
 RESULTS = TESTS.parent / "benchmarks" / "results"
 STUDY = TESTS.parent / "docs" / "study.md"
 BEHAVIOUR = TESTS.parent / "docs" / "behaviour.md"
+PAGES = [TESTS.parent / "README.md", *sorted((TESTS.parent / "docs").rglob("*.md"))]
+WITH_BLOCKS = [page for page in PAGES if document_blocks.blocks(page)]
+LONGEST_README = 120
 
 
 def test_the_table_of_the_study_is_that_of_its_rows() -> None:
@@ -24,3 +32,40 @@ def test_every_test_that_is_named_exists() -> None:
     texts = {path.stem: path.read_text() for path in TESTS.rglob("test_*.py")}
     missing = [f"{file}::{test}" for file, test in sorted(named) if f"def {test}(" not in texts.get(file, "")]
     assert not missing
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "init_process_group" not in page.read_text():
+        document_blocks.run(page)
+        return
+    # A process group stays out of pytest's process. As torchrun would start it, alone.
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    path = os.pathsep.join(part for part in sys.path if part)
+    command = [sys.executable, "-W", "error", str(Path(document_blocks.__file__)), str(page)]
+    subprocess.run(command, check=True, env={**os.environ, **group, "PYTHONPATH": path}, timeout=240)
+
+
+def test_the_readme_is_short() -> None:
+    lines = (TESTS.parent / "README.md").read_text().splitlines()
+    assert len(lines) <= LONGEST_README
+    assert {"make demo", "make test"} <= set(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        if anchor and not anchor.startswith("fastcure."):
+            assert anchor in _anchors(target), link
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
