@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -114,6 +115,19 @@ class FunctionalLoss:
         if self._moving and not self._moved:
             self._moved = {name: self.state[name].clone() for name in self._moving}
         return logits, loss
+
+    def to(self, dtype: torch.dtype) -> FunctionalLoss:
+        """Return the same in another floating-point dtype; `leaves` finds the same parameters."""
+        other = copy.copy(self)
+        other.state = {
+            name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in self.state.items()
+        }
+        pairs = ((tensor, self.state[name]) for name, tensor in other.state.items() if tensor.requires_grad)
+        other._owner = self._owner | {id(new): self._owner[id(old)] for new, old in pairs}
+        return other
 
     def move_buffers(self) -> None:
         """Give the buffers of the modules `moving` the values that they had after the first pass."""
