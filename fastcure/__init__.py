@@ -1,9 +1,6 @@
 """fastcure: curvature regularisation (CURE) for image classifiers, exact and fast.
 
-from fastcure import CURE, curvature
-
-cure = CURE(model, h=1.25, gamma=4.0)
-cure(x, y).total.backward()
+`CURE` is the objective of a training step; `curvature` gives the penalty of each sample.
 """
 
 from importlib import import_module

@@ -83,6 +83,15 @@ def curvature(
             has no second derivative, here or in backward; in backward, at a second derivative, a second backward
             without `retain_graph=True` or within DistributedDataParallel, and where a DistributedDataParallel holds the
             model but the penalty is not called through it.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> result = fastcure.curvature(model, x, y, h=1.0)
+        >>> result.loss.shape, result.penalty.shape
+        (torch.Size([2]), torch.Size([2]))
+        >>> (result.loss + 0.5 * result.penalty).mean().backward()
     """
     options = Options(loss_fn, power, engine, batch_stats, loss_at)
     check_arguments(x, y, h, direction)

@@ -31,6 +31,11 @@ def explain(
             them, and why a batch norm is not folded or its output not left to a ReLU, are told as well.
         y: labels of x, for the loss of a `CURE`; without them the engines are tried with cross-entropy.
         batch_stats: as in `fastcure.curvature`. With "train" the flags of batch norms count as they stand.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> print(fastcure.explain(fastcure.models.resnet8()))  # doctest: +ELLIPSIS
+        engine: ...
     """
     engine, loss_fn = "auto", None
     if isinstance(model, CURE):

@@ -33,6 +33,18 @@ def curvature(
 
     Returns:
         `(logits (B, C), loss (B,), penalty (B,))`.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.reference import curvature
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> def loss_of(x, y):
+        ...     logits = model(x)
+        ...     return logits, torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        >>> logits, loss, penalty = curvature(loss_of, x, y, h=1.0)
+        >>> penalty.shape
+        torch.Size([5])
     """
 
     def gradient(point: Tensor) -> Tensor:  # g(x) = d l / d x, of the batch's sum
@@ -53,7 +65,14 @@ def curvature(
 
 
 def unit_sign(g: Tensor) -> Tensor:
-    """Return `z = sign(g) / ||sign(g)||_2` of each sample `(B, ...)`: zero where g is zero, NaN where g is NaN."""
+    """Return `z = sign(g) / ||sign(g)||_2` of each sample `(B, ...)`: zero where g is zero, NaN where g is NaN.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.reference import unit_sign
+        >>> unit_sign(torch.tensor([[3.0, -2.0, 1.0, 5.0]]))
+        tensor([[ 0.5000, -0.5000,  0.5000,  0.5000]])
+    """
     sign = torch.where(g.isnan(), g, g.sign())
     norm = sign.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.dim() - 1))
     return torch.where(norm == 0, 0.0, sign / norm)

@@ -9,8 +9,10 @@ import math
 def h_to_eps(h: float, values: int) -> float:
     """Return the step a pixel, in [0, 1] pixel units, of an L2 length `h` on `values` input values.
 
-    >>> round(h_to_eps(1.25, 3 * 32 * 32) * 255, 2)
-    5.75
+    Examples:
+        >>> import fastcure
+        >>> round(fastcure.h_to_eps(1.25, 3 * 32 * 32) * 255, 2)
+        5.75
     """
     return h / math.sqrt(_count(values))
 
@@ -18,8 +20,10 @@ def h_to_eps(h: float, values: int) -> float:
 def eps_to_h(eps: float, values: int) -> float:
     """Return the L2 length of a step of `eps` a pixel on `values` input values.
 
-    >>> round(eps_to_h(8 / 255, 3 * 32 * 32), 3)
-    1.739
+    Examples:
+        >>> import fastcure
+        >>> round(fastcure.eps_to_h(8 / 255, 3 * 32 * 32), 3)
+        1.739
     """
     return eps * math.sqrt(_count(values))
 

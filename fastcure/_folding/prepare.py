@@ -45,6 +45,13 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
 
     Returns:
         `model` itself.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x = torch.rand(2, 3, 16, 16)
+        >>> fastcure.prepare(model, x) is model
+        True
     """
     check_images(x.detach() if isinstance(x, Tensor) else x)
     inner = unwrap(model.model if isinstance(model, CURE) else model)

@@ -20,7 +20,9 @@ class Bounds(NamedTuple):
     """L2 lengths `(B,)` in float64; infinite where the threshold cannot be reached, or nothing bounds it."""
 
     lower: Tensor
+    """No shorter perturbation reaches the threshold."""
     upper: Tensor
+    """A perturbation of this length reaches it."""
     lower_simple: Tensor
     """Below `lower`, and of no use where it is negative."""
     upper_simple: Tensor
@@ -43,6 +45,13 @@ def quadratic_bounds(c: Tensor, g_norm: Tensor, nu: Tensor, g_along_u: Tensor) -
         g_norm: `(B,)`, ||g||.
         nu: `(B,)`.
         g_along_u: `(B,)`, g.u of either sign.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.analysis import quadratic_bounds
+        >>> one, nu = torch.ones(1), torch.zeros(1)
+        >>> quadratic_bounds(c=one, g_norm=2 * one, nu=nu, g_along_u=2 * one).lower  # linear: c / ||g||
+        tensor([0.5000])
     """
     along = torch.where(nu < 0, 0.0, g_along_u.abs())
     root = (2 * nu.clamp(min=0)).sqrt() * c.sqrt()  # a product of roots: nu c may underflow
@@ -84,6 +93,14 @@ def robustness_bounds(
 
     Raises:
         TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> bounds = fastcure.analysis.robustness_bounds(model, x, y)
+        >>> bool((bounds.lower <= bounds.upper).all())
+        True
     """
     check_measurement(x, y, "exact", None, chunk_size, loss_fn)
     if kind == "margin":

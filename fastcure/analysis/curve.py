@@ -17,10 +17,12 @@ from fastcure.evaluation.accuracy import accuracy, batches, right
 
 
 class AccuracyCurve(NamedTuple):
-    """Both (K,), in float64."""
+    """What `accuracy_curve` returns, in float64."""
 
     eps: Tensor
+    """(K,), the radii."""
     accuracy: Tensor
+    """(K,), the fraction of images classified correctly at each radius."""
 
 
 @outside_inference_mode
@@ -55,6 +57,14 @@ def accuracy_curve(
 
     Raises:
         TypeError, ValueError, FloatingPointError: as `pgd` and `fastcure.evaluation.accuracy.accuracy` do.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> curve = fastcure.analysis.accuracy_curve(model, x, y, eps=[0, 8 / 255])
+        >>> bool(curve.accuracy[1] <= curve.accuracy[0])
+        True
     """
     if at_once < 1:
         raise ValueError(f"at_once must be >= 1, got {at_once}")

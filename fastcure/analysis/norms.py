@@ -57,6 +57,14 @@ def frobenius_norm(
 
     Raises:
         TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> norm = fastcure.analysis.frobenius_norm(model, x, y, probes=10)
+        >>> norm.value.shape, norm.standard_error.shape
+        (torch.Size([5]), torch.Size([5]))
     """
     check_measurement(x, y, method, h, chunk_size, loss_fn)
     if probes < 2:
@@ -116,6 +124,13 @@ def curvature_along_gradient(
 
     Raises:
         TypeError, ValueError, FloatingPointError, RuntimeError: see `curvature_profile`.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> fastcure.analysis.curvature_along_gradient(model, x, y).value.shape
+        torch.Size([5])
     """
     check_measurement(x, y, method, h, chunk_size, loss_fn)
 

@@ -62,6 +62,15 @@ def curvature_profile(
 
     Warns:
         UserWarning: once a model, if it returns probabilities in place of logits.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> fastcure.analysis.curvature_profile(model, x, y).eigenvalues.shape  # 16 pixels
+        torch.Size([5, 16])
+        >>> fastcure.analysis.curvature_profile(model, x, y, k=2).mean.shape  # the 2 smallest and the 2 largest
+        torch.Size([4])
     """
     check_measurement(x, y, method, h, chunk_size, loss_fn)
     N = x[0].numel()

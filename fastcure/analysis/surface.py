@@ -61,6 +61,13 @@ def loss_surface(
 
     Warns:
         UserWarning: once a model, if it returns probabilities in place of logits.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> fastcure.analysis.loss_surface(model, x, y, points=5).values.shape
+        torch.Size([5, 5, 5])
     """
     check_measurement(x, y, "exact", None, chunk_size, loss_fn)
     check_bounds(bounds)

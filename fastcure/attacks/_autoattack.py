@@ -56,6 +56,14 @@ def autoattack(
 
     Warns:
         UserWarning: as `pgd` does.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> adversarial = fastcure.attacks.autoattack(model, x, y, eps=8 / 255, attacks=("apgd-ce",))
+        >>> adversarial.shape
+        torch.Size([5, 1, 4, 4])
     """
     try:
         package = import_module("pyautoattack")

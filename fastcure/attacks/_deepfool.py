@@ -90,6 +90,14 @@ def deepfool(
 
     Warns:
         UserWarning: once a model, if it returns probabilities: distances are then too large, or infinite.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x = torch.rand(5, 1, 4, 4)
+        >>> found = fastcure.attacks.deepfool(model, x, classes=3, bounds=None)
+        >>> found.normal.shape
+        torch.Size([5, 1, 4, 4])
     """
     if y is None:
         check_images(x)

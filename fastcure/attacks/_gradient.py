@@ -35,6 +35,14 @@ def fgsm(
     """One step of `eps` along the sign of the gradient, clipped to `bounds`; costs 2 forward passes.
 
     Arguments, result and errors are those of `pgd`.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> adversarial = fastcure.attacks.fgsm(model, x, y, eps=8 / 255)
+        >>> bool((adversarial - x).abs().max() <= 8 / 255 + 1e-6)
+        True
     """
     options: dict[str, Any] = {"bounds": bounds, "loss_fn": loss_fn, "targeted": targeted}
     return pgd(model, x, y, eps, step_size=eps, steps=1, random_start=False, **options)
@@ -96,6 +104,14 @@ def pgd(
 
     Warns:
         UserWarning: once a model, if it returns probabilities in place of logits, or is random in evaluation mode.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> adversarial = fastcure.attacks.pgd(model, x, y, eps=8 / 255, steps=20, restarts=2)
+        >>> bool((adversarial - x).abs().max() <= 8 / 255 + 1e-6)
+        True
     """
     check_batch(x, y, None)
     if loss_fn in (cross_entropy, margin_loss) or restarts > 1:

@@ -23,6 +23,12 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         ValueError: if there is one class only, y is not one label a sample, or (on the CPU) a label is out of range.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> logits = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+        >>> fastcure.attacks.margin_loss(logits, torch.tensor([0, 0]))
+        tensor([-2.,  2.])
     """
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must have shape (B, C) with C >= 2, got {tuple(logits.shape)}")

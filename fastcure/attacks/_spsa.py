@@ -61,6 +61,14 @@ def spsa(
 
     Warns:
         UserWarning: as `pgd` does.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> adversarial = fastcure.attacks.spsa(model, x, y, eps=8 / 255, steps=5, samples=16)
+        >>> bool((adversarial - x).abs().max() <= 8 / 255 + 1e-6)
+        True
     """
     check_batch(x, y, None)
     check_labels(y, len(x))

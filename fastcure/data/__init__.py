@@ -47,6 +47,12 @@ def load(name: str, data_dir: str | os.PathLike[str] = "data") -> Dataset:
         FileNotFoundError: a file is missing; the message says where it was sought and how to get it.
         ValueError: the name is unknown, or a file is truncated or not what it says.
         ModuleNotFoundError: the format needs a package of the ``train`` extra.
+
+    Examples:
+        >>> import fastcure
+        >>> data = fastcure.data.load("digits")
+        >>> data.x_train.dtype, data.x_train.shape[1:]
+        (torch.uint8, torch.Size([1, 16, 16]))
     """
     kind, _, address = name.partition(":")
     if name in _OFFICIAL:

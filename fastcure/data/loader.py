@@ -21,7 +21,13 @@ class Augment(NamedTuple):
 
 
 def default_augmentation(dataset_name: str) -> Augment | None:
-    """The usual augmentation of a dataset that ``load`` knows by name; None for one's own."""
+    """The usual augmentation of a dataset that ``load`` knows by name; None for one's own.
+
+    Examples:
+        >>> import fastcure
+        >>> fastcure.data.default_augmentation("cifar10")
+        Augment(pad=4, flip=True)
+    """
     return {
         "digits": Augment(pad=1),
         "fashion-mnist": Augment(pad=2, flip=True),
@@ -49,6 +55,14 @@ class Loader:
 
     Raises:
         ValueError: a shape, type or size does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.data import Augment, Loader
+        >>> images, labels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6)
+        >>> loader = Loader(images, labels, batch_size=4, augment=Augment(pad=1, flip=True))
+        >>> [x.shape for x, y in loader]
+        [torch.Size([4, 1, 8, 8]), torch.Size([2, 1, 8, 8])]
     """
 
     def __init__(

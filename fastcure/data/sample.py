@@ -21,6 +21,13 @@ def stratified(y: Tensor, count: int, seed: int) -> Tensor:
 
     Returns:
         int64 `(min(count, N),)`, on the CPU: the places of the images, ascending.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.data import stratified
+        >>> y = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> y[stratified(y, count=3, seed=0)]
+        tensor([0, 0, 1])
     """
     N = len(y)
     if count >= N:
@@ -34,7 +41,14 @@ def stratified(y: Tensor, count: int, seed: int) -> Tensor:
 
 
 def limited(data: Dataset, limit: int | None, seed: int) -> Dataset:
-    """Return stratified samples of at most `limit` images of each split, or all of them."""
+    """Return stratified samples of at most `limit` images of each split, or all of them.
+
+    Examples:
+        >>> import fastcure
+        >>> data = fastcure.data.limited(fastcure.data.load("digits"), limit=100, seed=0)
+        >>> len(data.y_train), len(data.y_test)
+        (100, 100)
+    """
     if limit is None:
         return data
     train, test = (stratified(y, limit, seed) for y in (data.y_train, data.y_test))
@@ -44,7 +58,14 @@ def limited(data: Dataset, limit: int | None, seed: int) -> Dataset:
 
 
 def sampled(data: Dataset, whole: Dataset) -> str:
-    """Say how many test images there are, and of how many they are a sample."""
+    """Say how many test images there are, and of how many they are a sample.
+
+    Examples:
+        >>> from fastcure.data import limited, load, sampled
+        >>> digits = load("digits")
+        >>> sampled(limited(digits, limit=100, seed=0), digits)
+        '100 test images (a sample of 450, stratified by class)'
+    """
     count, of = len(data.y_test), len(whole.y_test)
     return f"{count:,} test images" + (f" (a sample of {of:,}, stratified by class)" if count < of else "")
 
@@ -62,6 +83,13 @@ def hold_out(data: Dataset, count: int | None, seed: int) -> tuple[Dataset, Tens
 
     Raises:
         ValueError: if none are left to train on.
+
+    Examples:
+        >>> import fastcure
+        >>> data = fastcure.data.load("digits")
+        >>> rest, x, y = fastcure.data.hold_out(data, count=100, seed=0)
+        >>> len(data.y_train) - len(rest.y_train), len(y)
+        (100, 100)
     """
     N = len(data.y_train)
     wanted = min(HELD_OUT, -(-N // 10)) if count is None else count

@@ -48,6 +48,16 @@ def accuracy(
     Raises:
         TypeError, ValueError: if there are no images, or images or labels are of the wrong kind.
         FloatingPointError: if an output of the model is NaN or its largest is infinite.
+
+    Examples:
+        >>> from functools import partial
+        >>> import torch, fastcure
+        >>> from fastcure.evaluation.accuracy import accuracy
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> pgd = partial(fastcure.attacks.pgd, eps=8 / 255, steps=5)
+        >>> accuracy(model, x, y, pgd, seed=0) <= accuracy(model, x, y)
+        True
     """
     if not len(x):
         raise ValueError("accuracy needs at least one image, got none")
@@ -71,6 +81,14 @@ def right(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None = None) 
 
     Raises:
         TypeError, ValueError: if images or labels are of the wrong kind.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.evaluation.accuracy import right
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> right(model, x, y).shape, right(model, x, y).dtype
+        (torch.Size([5]), torch.bool)
     """
     check_labels(y, len(x), soft=False)
     logits = _logits(model, x, y, attack)
@@ -79,14 +97,27 @@ def right(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None = None) 
 
 
 def judge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where logits `(B, C)` name a class, and where it is y: bool `(B,)` both."""
+    """Return where logits `(B, C)` name a class, and where it is y: bool `(B,)` both.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.evaluation.accuracy import judge
+        >>> valid, correct = judge(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), torch.tensor([1, 1]))
+        >>> valid, correct
+        (tensor([ True, False]), tensor([ True, False]))
+    """
     largest, index = logits.max(1)
     valid = largest.isfinite()  # the maximum of a row with a NaN is NaN, and may be anywhere
     return valid, valid & (index == y)
 
 
 def check_outputs(lost: int, images: int) -> None:
-    """Raise if some outputs named no class."""
+    """Raise if some outputs named no class.
+
+    Examples:
+        >>> from fastcure.evaluation.accuracy import check_outputs
+        >>> check_outputs(lost=0, images=100)
+    """
     if lost:
         raise FloatingPointError(
             f"the outputs of {lost} of {images} images are NaN or infinite, and name no class: check the images, the "
@@ -107,7 +138,14 @@ def _logits(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None) -> Te
 
 
 def batches(x: Tensor, y: Tensor, batch_size: int, seed: int) -> list[Batch]:
-    """Divide images and labels into batches, the last of which may be smaller."""
+    """Divide images and labels into batches, the last of which may be smaller.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.evaluation.accuracy import batches
+        >>> [len(batch.x) for batch in batches(torch.zeros(5, 1, 4, 4), torch.zeros(5), batch_size=2, seed=0)]
+        [2, 2, 1]
+    """
     parts = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     seeds = torch.randint(2**62, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
     return [Batch(*part, torch.Generator().manual_seed(own)) for part, own in zip(parts, seeds, strict=True)]

@@ -89,6 +89,15 @@ def masking_checklist(
 
     Warns:
         UserWarning: as `fastcure.attacks.pgd` does.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.evaluation.checklist import masking_checklist, verdict
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> x = torch.rand(20, 1, 4, 4)
+        >>> items = masking_checklist(model, x, model(x).argmax(1), eps=8 / 255, steps=5, samples=8)
+        >>> print(verdict(items))  # doctest: +ELLIPSIS
+        gradient masking: ...
     """
     check_batch(x, y, None)
     check_labels(y, len(x), soft=False)
@@ -109,7 +118,14 @@ def masking_checklist(
 
 
 def verdict(items: list[Item]) -> str:
-    """Format the items as lines of text, the conclusion first."""
+    """Format the items as lines of text, the conclusion first.
+
+    Examples:
+        >>> from fastcure.evaluation.checklist import Item, verdict
+        >>> print(verdict([Item("an unbounded attack reaches 0 %", True, {}, "eps = 1 leaves 0.0%")]))
+        gradient masking: no sign of it in 1 items
+          pass  an unbounded attack reaches 0 %: eps = 1 leaves 0.0%
+    """
     failed = sum(item.passed is False for item in items)
     seen = sum(item.passed is not None for item in items)
     marks = {True: "pass", False: "FAIL", None: "skip"}

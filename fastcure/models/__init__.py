@@ -34,6 +34,12 @@ def build(
 
     Raises:
         ValueError: for another name.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.build("resnet8", 7, 1)  # 7 classes, 1 channel
+        >>> model(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 7])
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")

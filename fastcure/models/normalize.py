@@ -17,6 +17,13 @@ class Normalize(nn.Module):
 
     Raises:
         ValueError: if there is another count of numbers, or a `std` that is not `> 0`.
+
+    Examples:
+        >>> import torch
+        >>> from fastcure.models import Normalize
+        >>> model = torch.nn.Sequential(Normalize(3, mean=(0.5,), std=(0.25,)), torch.nn.Conv2d(3, 8, 3))
+        >>> model[0](torch.full((1, 3, 1, 1), 0.75)).flatten()
+        tensor([1., 1., 1.])
     """
 
     mean: Tensor

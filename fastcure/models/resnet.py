@@ -90,7 +90,13 @@ def resnet8(
     std: Sequence[float] = (0.25,),
     activation: Activation = F.relu,
 ) -> ResNet:
-    """Three stages of one block, 16, 32 and 64 channels wide: 78 thousand parameters, for laptops."""
+    """Three stages of one block, 16, 32 and 64 channels wide: 78 thousand parameters, for laptops.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> fastcure.models.resnet8()(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
     return ResNet((1, 1, 1), (16, 32, 64), classes, channels, mean, std, activation)
 
 
@@ -101,5 +107,11 @@ def resnet18(
     std: Sequence[float] = (0.25,),
     activation: Activation = F.relu,
 ) -> ResNet:
-    """Four stages of two blocks, 64 to 512 channels wide: 11.2 million parameters, the paper's network."""
+    """Four stages of two blocks, 64 to 512 channels wide: 11.2 million parameters, the paper's network.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> fastcure.models.resnet18()(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
     return ResNet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels, mean, std, activation)

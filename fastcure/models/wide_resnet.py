@@ -78,5 +78,13 @@ class WideResNet(nn.Module):
 def wide_resnet28_10(
     classes: int = 10, channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
 ) -> WideResNet:
-    """WRN-28-10: 36.5 million parameters."""
+    """WRN-28-10: 36.5 million parameters.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> with torch.device("meta"):  # shapes alone: it has 36 million parameters
+        ...     model = fastcure.models.wide_resnet28_10()
+        >>> sum(p.numel() for p in model.parameters()) // 10**6
+        36
+    """
     return WideResNet(28, 10, classes, channels, mean, std)

@@ -100,7 +100,7 @@ class FGSM(AdversarialTraining):
     Args:
         model, eps, loss_fn, batch_stats: as in `Attacked`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fastcure.objectives import FGSM
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
@@ -120,6 +120,12 @@ class FGSMRS(AdversarialTraining):
 
     Args:
         model, eps, loss_fn, batch_stats: as in `Attacked`.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> fastcure.objectives.FGSMRS(model, eps=8 / 255)(x, y).total.backward()
     """
 
     title = "FGSM-RS training"
@@ -135,6 +141,15 @@ class PGD(AdversarialTraining):
     Args:
         model, eps, loss_fn, batch_stats: as in `Attacked`.
         steps: gradient steps, `>= 1`; a training step costs 2 `steps` + 3 forward passes.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> objective = fastcure.objectives.PGD(model, eps=8 / 255, steps=7)
+        >>> objective.cost
+        17.0
+        >>> objective(x, y).total.backward()
     """
 
     title = "PGD training"

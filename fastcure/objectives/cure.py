@@ -25,8 +25,8 @@ class CURE(Objective):
 
     Args:
         model: the network, see `fastcure.curvature`.
-        h: L2 length of the finite step in input units, `> 0`.
-        gamma: weight of the penalty, `>= 0`.
+        h: L2 length of the finite step in input units, `> 0`; 1.25, the paper's, by default.
+        gamma: weight of the penalty, `>= 0`; 4, the paper's, by default.
         loss_fn, power, engine, batch_stats, loss_at: as in `fastcure.curvature`.
         fraction: share of each batch that has a penalty, in (0, 1]: its first samples, so shuffle. Their mean estimates
             that of the batch without bias, and gamma means the same. A step costs 3 + 9 `fraction` forward passes
@@ -40,6 +40,17 @@ class CURE(Objective):
     Raises:
         ValueError: if `h`, `gamma`, `fraction` or `microbatch` is out of range, here and when it is set.
         AttributeError: when an attribute is set whose name is nearly that of one of these, but not quite.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> cure = fastcure.CURE(model, h=1.0, gamma=0.5)
+        >>> out = cure(x, y)
+        >>> out.total.backward()
+        >>> cure.gamma = 1.0  # for the next step
+        >>> cure.cost
+        12.0
     """
 
     title = "CURE"

@@ -24,6 +24,12 @@ class InputGradient(Objective):
 
     Raises:
         ValueError: if `gamma` is out of range, here and when it is set.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> fastcure.objectives.InputGradient(model)(x, y).total.backward()
     """
 
     title = "input gradients"

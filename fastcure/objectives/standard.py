@@ -15,6 +15,12 @@ class Standard(Objective):
 
     Args:
         model, loss_fn, batch_stats: as in `Objective`.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> fastcure.objectives.Standard(model)(x, y).total.backward()
     """
 
     title = "standard training"
@@ -43,6 +49,12 @@ class SmoothedCrossEntropy(nn.Module):
 
     Raises:
         ValueError: if it is out of range.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> loss_fn = fastcure.objectives.SmoothedCrossEntropy(0.1)
+        >>> loss_fn(torch.zeros(2, 10), torch.tensor([3, 7])).shape
+        torch.Size([2])
     """
 
     def __init__(self, smoothing: float) -> None:

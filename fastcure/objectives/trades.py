@@ -24,6 +24,12 @@ class TRADES(Attacked):
         model, eps, loss_fn, batch_stats: as in `Attacked`; `loss_fn` is the loss at x.
         gamma: weight of the divergence, `>= 0`.
         steps: gradient steps of the attack, `>= 1`; a training step costs 2 `steps` + 7 forward passes.
+
+    Examples:
+        >>> import torch, fastcure
+        >>> model = fastcure.models.resnet8()
+        >>> x, y = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> fastcure.objectives.TRADES(model, eps=8 / 255)(x, y).total.backward()
     """
 
     title = "TRADES"

@@ -15,10 +15,13 @@ class FlopCounter(TorchDispatchMode):
     Unlike `torch.utils.flop_counter.FlopCounterMode` it tracks no modules, whose hooks fail under
     `torch.autograd.grad`. A compiled region is invisible to it.
 
-    >>> with FlopCounter() as counter:
-    ...     product = torch.ones(2, 3) @ torch.ones(3, 4)
-    >>> counter.total
-    48
+    Examples:
+        >>> import torch
+        >>> from fastcure.profiling.flops import FlopCounter
+        >>> with FlopCounter() as counter:
+        ...     product = torch.ones(2, 3) @ torch.ones(3, 4)
+        >>> counter.total
+        48
     """
 
     total: int = 0

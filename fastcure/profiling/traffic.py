@@ -16,10 +16,13 @@ class TrafficCounter(TorchDispatchMode):
     Convolutions and matrix products, which wait for arithmetic, and views, which move nothing, do not count. An
     expanded tensor has the size of what is in memory. A compiled region is invisible to it.
 
-    >>> with TrafficCounter() as counter:
-    ...     total = torch.ones(2, 3) + torch.ones(3)
-    >>> counter.total
-    96
+    Examples:
+        >>> import torch
+        >>> from fastcure.profiling.traffic import TrafficCounter
+        >>> with TrafficCounter() as counter:
+        ...     total = torch.ones(2, 3) + torch.ones(3)
+        >>> counter.total
+        96
     """
 
     total: int = 0

@@ -50,7 +50,7 @@ def double_backward() -> Iterator[None]:
     Raises:
         RuntimeError: in the backward, from `torch.autograd.grad(..., is_grads_batched=True)`.
 
-    Example:
+    Examples:
         >>> import torch, fastcure
         >>> critic, x = torch.nn.Conv2d(3, 1, 3), torch.rand(2, 3, 8, 8, requires_grad=True)
         >>> with fastcure.double_backward():
