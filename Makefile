@@ -13,7 +13,7 @@ SAMPLE ?= 12
 JOBS   ?= 2
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test fuzz soak torchrun-soak mutate lint bench docs
+.PHONY: demo test api fuzz soak torchrun-soak mutate lint bench docs
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -24,6 +24,10 @@ demo: $(VENV)/installed
 test: lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || $(BIN)/python -m pytest -m gpu
+
+# After a change of the public API: its names and signatures, which a test compares, into tests/fastcure/public_api.txt.
+api: $(VENV)/installed
+	$(BIN)/python tests/fastcure/public_api.py
 
 # Random cases, other ones each time: FUZZ times as many as in `make test`. FUZZ_SEED repeats them.
 fuzz: $(VENV)/installed
