@@ -1,6 +1,7 @@
 """fastcure: curvature regularisation (CURE) for image classifiers, exact and fast.
 
-`CURE` is the objective of a training step; `curvature` gives the penalty of each sample.
+`CURE` is the objective of a training step and returns a `CUREOutput`, which is `fastcure.objectives.ObjectiveOutput`;
+`curvature` gives the penalty of each sample.
 """
 
 from importlib import import_module
