@@ -13,7 +13,7 @@ from fastcure._inference import outside_inference_mode
 from fastcure._validation import Bounds, check_images, check_labels, check_pixels
 from fastcure.attacks import pgd
 from fastcure.attacks._arguments import Norm, check_bounds
-from fastcure.evaluation.accuracy import accuracy, batches, right
+from fastcure.evaluation.accuracy import accuracy, batches, correct
 
 
 class AccuracyCurve(NamedTuple):
@@ -87,6 +87,6 @@ def accuracy_curve(
                 pgd, eps=radii, steps=steps, norm=norm, restarts=restarts, bounds=bounds, generator=generator
             )
             copies = images.repeat(len(group), *[1] * (images.dim() - 1))
-            count += right(model, copies, labels.repeat(len(group)), attack).reshape(len(group), -1).sum(1)
+            count += correct(model, copies, labels.repeat(len(group)), attack).reshape(len(group), -1).sum(1)
         values += (count.double() / len(x)).tolist()
     return AccuracyCurve(torch.tensor(eps, dtype=torch.float64), torch.tensor(values, dtype=torch.float64))

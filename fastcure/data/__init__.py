@@ -4,12 +4,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from fastcure._fields import shortened
 from fastcure.data import cifar10, digits, hub, idx, npz, svhn
 from fastcure.data.dataset import Dataset
 from fastcure.data.loader import Augment, Loader, default_augmentation
 from fastcure.data.sample import hold_out, limited, sampled, stratified
 
 __all__ = [
+    "ADDRESSES",
+    "DATASETS",
     "Augment",
     "Dataset",
     "Loader",
@@ -21,13 +24,16 @@ __all__ = [
     "stratified",
 ]
 
-_OFFICIAL: dict[str, Callable[[Path], Dataset]] = {
+DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "digits": digits.read,
     "fashion-mnist": idx.read,
     "svhn": svhn.read,
     "cifar10": cifar10.read,
 }
-_BY_ADDRESS: dict[str, Callable[[str], Dataset]] = {"npz": npz.read, "hf": hub.read}
+"""Reads each data set, by its name, from the folder of its files."""
+
+ADDRESSES: dict[str, Callable[[str], Dataset]] = {"npz:PATH": npz.read, "hf:OWNER/NAME": hub.read}
+"""Reads a data set that is not of these, by the form of its name, from what follows the colon."""
 
 
 def load(name: str, data_dir: str | os.PathLike[str] = "data") -> Dataset:
@@ -54,10 +60,10 @@ def load(name: str, data_dir: str | os.PathLike[str] = "data") -> Dataset:
         >>> data.x_train.dtype, data.x_train.shape[1:]
         (torch.uint8, torch.Size([1, 16, 16]))
     """
+    if name in DATASETS:
+        return DATASETS[name](Path(data_dir))
     kind, _, address = name.partition(":")
-    if name in _OFFICIAL:
-        return _OFFICIAL[name](Path(data_dir))
-    if kind in _BY_ADDRESS and address:
-        return _BY_ADDRESS[kind](address)
-    known = ", ".join([*_OFFICIAL, "npz:PATH", "hf:OWNER/NAME"])
-    raise ValueError(f"unknown dataset {name!r}; known are {known}")
+    for form, read in ADDRESSES.items():
+        if address and form.partition(":")[0] == kind:
+            return read(address)
+    raise ValueError(f"dataset must be one of {', '.join([*DATASETS, *ADDRESSES])}, got {shortened(name)}")

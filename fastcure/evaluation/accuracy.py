@@ -68,13 +68,13 @@ def accuracy(
         logits = _logits(model, images, labels, seeded)
         if i == 0:
             check_classes(y, logits)
-        valid, correct = judge(logits, labels)
-        count, lost = count + correct.sum(), lost + (~valid).sum()
+        valid, hits = judge(logits, labels)
+        count, lost = count + hits.sum(), lost + (~valid).sum()
     check_outputs(int(lost), len(x))
     return int(count) / len(x)
 
 
-def right(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None = None) -> Tensor:
+def correct(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None = None) -> Tensor:
     """Return which images of a batch are classified as labelled: bool `(B,)`; arguments as in `accuracy`.
 
     An image whose output is NaN or infinite is not. The host waits for a GPU, to check the labels.

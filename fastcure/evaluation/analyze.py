@@ -41,7 +41,7 @@ def analyze(settings: AnalysisSettings, say: Callable[[str], object] = print) ->
         MemoryError: if memory runs out.
     """
     with join(pick_device(own_device(settings.device))) as ranks:
-        return _analyze(settings, say if ranks.first else silent, ranks)
+        return _analyze(settings, say if ranks.is_main_process else silent, ranks)
 
 
 def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
@@ -51,9 +51,9 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     data = limited(whole, settings.limit, settings.seed)
     x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
     make = partial(load_model, settings.model, classes=data.classes, channels=x.shape[1], log=say)
-    weights: dict[str, str | None] = {"after CURE" if settings.run else settings.model: settings.checkpoint}
+    weights: dict[str, str | None] = {"after fine-tuning" if settings.run else settings.model: settings.checkpoint}
     if settings.twin is not None:
-        weights = {"before CURE" if settings.run else "twin": settings.twin, **weights}
+        weights = {"before fine-tuning" if settings.run else "twin": settings.twin, **weights}
     say(f"{data.name}: {sampled(data, whole)}, on {ranks}")
     titles = {
         "frobenius": "||H||_F",
@@ -90,7 +90,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
         "environment": environment(ranks.device),
     }
     results: Results = {**about, "networks": networks}
-    if settings.out is not None and ranks.first:
+    if settings.out is not None and ranks.is_main_process:
         write_results(settings.out, results)
         say(f"results in {settings.out}")
     return results

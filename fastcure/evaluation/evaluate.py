@@ -16,7 +16,7 @@ from fastcure._extras import need
 from fastcure._inference import outside_inference_mode
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
 from fastcure.data import Dataset, limited, load, sampled
-from fastcure.evaluation.accuracy import right
+from fastcure.evaluation.accuracy import correct
 from fastcure.evaluation.checklist import Check, masking_checklist, verdict
 from fastcure.evaluation.network import check_network
 from fastcure.evaluation.settings import EvaluationSettings, write_results
@@ -32,7 +32,7 @@ Results = dict[str, Any]
 def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> Results:
     """Measure what `settings` describe; write it to `settings.out`, if given.
 
-    Under torchrun the processes share the images, with the same result, and the first of them writes and prints; the
+    Under torchrun the processes share the images, with the same result, and the main one writes and prints; the
     checklist alone is made by each for itself.
 
     Args:
@@ -51,7 +51,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         MemoryError: if memory runs out.
     """
     with join(pick_device(own_device(settings.device))) as ranks:
-        return _evaluate(settings, say if ranks.first else silent, ranks)
+        return _evaluate(settings, say if ranks.is_main_process else silent, ranks)
 
 
 def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
@@ -104,7 +104,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
         "environment": environment(ranks.device),
     }
     results = {**about, **results}
-    if settings.out is not None and ranks.first:
+    if settings.out is not None and ranks.is_main_process:
         write_results(settings.out, results)
         say(f"results in {settings.out}")
     return results
@@ -121,7 +121,7 @@ class _Measure:
         """Accuracy, clean or under an attack."""
 
         def attacked(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-            return right(self.model, x, y, attack and partial(attack, eps=eps, generator=generator))
+            return correct(self.model, x, y, attack and partial(attack, eps=eps, generator=generator))
 
         return float(self._map(title, attacked).double().mean())
 
@@ -165,7 +165,7 @@ class _Measure:
 
     def _bar(self, title: str, work: Any, unit: str) -> Any:
         what = {"total": work} if isinstance(work, int) else {"iterable": work}
-        hidden = None if self.ranks.first else True
+        hidden = None if self.ranks.is_main_process else True
         return tqdm(desc=title, leave=False, unit=unit, dynamic_ncols=True, disable=hidden, **what)
 
 

@@ -7,13 +7,15 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from fastcure._fields import check_types, check_whole_numbers, shortened
+from fastcure._fields import OneOf, check_types, check_whole_numbers
 from fastcure._writing import json_bytes, write_whole
+from fastcure.data import ADDRESSES, DATASETS
 from fastcure.models import MODELS
+from fastcure.models.loading import FUNCTION
 from fastcure.training.run_folder import read_json
-from fastcure.training.settings import MAX_H, read_settings, setting
+from fastcure.training.settings import MAX_H, read_settings, refuse_code, setting
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class Measurement:
     """Which network is measured on which images: what `evaluate` and `analyze` have in common."""
 
     run: str | None = setting(None, "Folder of a finetune run: its model, weights, dataset and radii are the defaults.")
-    model: str | None = setting(None, "As in `fastcure.models.build`, or package.module:function to call.")
-    checkpoint: str | None = setting(None, "Weights, .safetensors or .pt; the run's after CURE.")
-    twin: str | None = setting(None, "Other weights of the same model, to compare; the run's before CURE.")
+    model: Annotated[str, OneOf(MODELS, (FUNCTION,))] | None = setting(None, "The network.")
+    checkpoint: str | None = setting(None, "Weights, .safetensors or .pt; the run's after fine-tuning.")
+    twin: str | None = setting(None, "Other weights of the same model, to compare; the run's before fine-tuning.")
     mean: tuple[float, ...] | None = setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
     std: tuple[float, ...] | None = setting(None, "Likewise.")
-    dataset: str | None = setting(None, "As in `fastcure.data.load`.")
+    dataset: Annotated[str, OneOf(DATASETS, ADDRESSES)] | None = setting(None, "Images and labels.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
     limit: int | None = setting(None, "Use N test images only, stratified by class.")
     batch_size: int = setting(256, "Images at a time; under torchrun, processes share whole batches.")
@@ -137,12 +139,8 @@ def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"run {run} must be the folder of a finetune run, but {path} does not exist")
-    model = read_json(path).get("model")
-    if isinstance(model, str) and model not in MODELS:  # finetune writes no other; a file is not to run code
-        raise ValueError(
-            f"{path} names the model {shortened(model)}, and only {', '.join(MODELS)} are made at a file's word: give "
-            "your own as --model package.module:function, with --checkpoint and --dataset in place of --run"
-        )
+    if "model" not in explicit:
+        refuse_code(read_json(path).get("model"), path)
     config = read_settings(path, resume=False)
     found = {name: getattr(config, name) for name in ("model", "dataset", "data_dir", "eps")}
     twin = run / "original.safetensors"

@@ -13,6 +13,9 @@ from torch import nn
 from fastcure.models import MODELS, Normalize, build
 from fastcure.training.run_folder import load_weights
 
+FUNCTION = "package.module:function"
+"""The form of the name of a network that is not bundled."""
+
 
 def load_model(
     name: str,
@@ -59,7 +62,7 @@ def load_model(
 def _call(name: str) -> nn.Module:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise ValueError(f"model must be one of {', '.join(MODELS)} or package.module:function, got {name!r}")
+        raise ValueError(f"model must be one of {', '.join([*MODELS, FUNCTION])}, got {name!r}")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:  # whatever goes wrong in the user's code, its name comes first

@@ -1,1 +1,1 @@
-"""`fastcure report`: what the paper shows of a network before and after CURE, on one page."""
+"""`fastcure report`: what the paper shows of a network before and after fine-tuning, on one page."""

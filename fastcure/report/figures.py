@@ -64,7 +64,7 @@ def draw_evolution(rows: list[Row], file: IO[bytes]) -> None:
         for (name, points), colour, style in zip(_by_model(rows).items(), cycle(COLOURS[1:]), cycle(STYLES[1:])):
             epochs = [float(row["epoch"]) for row in points]
             axes.plot(epochs, [float(row[key]) for row in points], style, color=colour, label=name, ms=4)
-        axes.set(xlabel="epoch of CURE", ylabel=title)
+        axes.set(xlabel="epoch of fine-tuning", ylabel=title)
         if key == "pgd":
             axes.set_ylim(-0.02, 1.02)
     _finish(figure, panels, file)

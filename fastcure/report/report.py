@@ -24,11 +24,13 @@ from fastcure.data import limited, load, sampled
 from fastcure.evaluation.checklist import verdict
 from fastcure.models import build
 from fastcure.models.placement import placed
+from fastcure.objectives import OBJECTIVES
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
+from fastcure.training.objective import step_lengths
 from fastcure.training.run_folder import load_weights
-from fastcure.training.settings import Settings, read_settings, step_lengths
+from fastcure.training.settings import Settings, read_settings, refuse_code
 
 PAPER = [
     ["paper, SVHN, ResNet-18: normal training", "96.3 %", "0.9 %"],
@@ -65,7 +67,7 @@ def report(
     Nothing is written before all is measured, and nothing is left where the report cannot be written as a whole.
 
     Args:
-        runs: folders of `fastcure finetune`, of one dataset and network. The network before CURE is the first run's.
+        runs: folders of `fastcure finetune`, of one dataset and network. That before fine-tuning is the first run's.
         out: folder of the report, new or empty; `report` inside the first run by default.
         data_dir: folder of the dataset's files, if they have moved.
         device: as in `fastcure finetune`.
@@ -103,8 +105,9 @@ def report(
         load_weights(model, path)
         return placed(model, first.model, data.x_test.shape[1:], where)
 
-    names = ["after CURE"] if len(runs) == 1 else _short_names(runs)
-    subjects = [Subject("before CURE", network(Path(runs[0]) / "original.safetensors"))]
+    title = OBJECTIVES[first.objective].title if len({config.objective for config in configs}) == 1 else "fine-tuning"
+    names = [f"after {title}"] if len(runs) == 1 else _short_names(runs)
+    subjects = [Subject(f"before {title}", network(Path(runs[0]) / "original.safetensors"))]
     subjects += [Subject(n, network(Path(run) / "model.safetensors")) for n, run in zip(names, runs, strict=True)]
     say(f"{data.name}: {sampled(data, whole)}, {len(subjects)} networks, on {where}")
 
@@ -119,7 +122,9 @@ def report(
         f"{escape(first.model)} on {escape(data.name)}, {sampled(data, whole)}; device "
         f"{escape(str(about['device']))}. Every table and figure has its numbers as CSV beside this page."
     )
-    files["index.html"] = page(f"CURE on {data.name}", introduction, sections).encode(errors="xmlcharrefreplace")
+    files["index.html"] = page(f"{title[0].upper()}{title[1:]} on {data.name}", introduction, sections).encode(
+        errors="xmlcharrefreplace"
+    )
     _write(folder, files)
     say(f"report in {folder / 'index.html'}")
     return folder / "index.html"
@@ -296,12 +301,14 @@ def _config(run: Path) -> Settings:
     for name in ("config.json", "metrics.json", "original.safetensors", "model.safetensors"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not a finished run of fastcure finetune: {run / name} does not exist")
-    return read_settings(run / "config.json", resume=False)
+    config = read_settings(run / "config.json", resume=False)
+    refuse_code(config.model, run / "config.json")
+    return config
 
 
 def _last_h(config: Settings, values: int) -> float:
     """Return the L2 length of the finite step that fine-tuning ended with, on images of so many values."""
-    return step_lengths(config.h, config.h_unit, config.epochs, config.eps, values).at(config.epochs)
+    return step_lengths(config, values).at(config.epochs)
 
 
 def _short_names(runs: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ class Progress:
     """Checksum of the images and labels."""
     microbatch: int | None = None
     """As in `CURE`: what was set, or what memory sufficed for."""
-    phase: str = "pretrain"
+    phase: Literal["pretrain", "finetune"] = "pretrain"
     epoch: int = 0
     """Epochs of the phase that are behind."""
     step: int = 0
     """Steps of the next epoch that are behind."""
     before: dict[str, Any] | None = None
-    """Accuracies before CURE, once measured."""
+    """Accuracies before fine-tuning, once measured."""
     history: list[dict[str, Any]] = field(default_factory=list)
     track: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -88,15 +88,13 @@ def _check(progress: Progress) -> None:
     """
     check_types(progress)
     check_whole_numbers(progress, {"microbatch": 1, "epoch": 0, "step": 0})
-    if progress.phase not in ("pretrain", "cure"):
-        raise ValueError(f"phase must be pretrain or cure, got {shortened(progress.phase)}")
     for name in ("history", "track"):
         rows = getattr(progress, name)
         if any(row.keys() != rows[0].keys() for row in rows):
             raise ValueError(f"{name} must have the same columns in each row")
         if not all(isinstance(value, str | int | float | None) for row in rows for value in row.values()):
             raise ValueError(f"{name} must hold numbers and words, in each row")
-    if progress.before is not None or progress.phase == "cure":
+    if progress.before is not None or progress.phase == "finetune":
         robust = (progress.before or {}).get("pgd")
         numbers = [(progress.before or {}).get("clean"), *(robust.values() if isinstance(robust, dict) else [None])]
         if not all(isinstance(number, int | float) for number in numbers):

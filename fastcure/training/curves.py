@@ -14,17 +14,21 @@ def draw_curves(
     history: list[dict[str, Any]],
     metrics: dict[str, dict[str, Any]],
     file: IO[bytes],
-    title: str,
+    data: str,
     followed: int,
+    title: str,
 ) -> None:
-    """Draw `history` (rows of history.csv, on `followed` images) and `metrics` (of metrics.json) as a PNG."""
+    """Draw `history` (rows of history.csv, on `followed` images of `data`) and `metrics` (of metrics.json) as a PNG.
+
+    The objective of fine-tuning is called `title`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     by_epoch, by_penalty, by_eps = figure.subplots(1, 3)
-    figure.suptitle(f"CURE on {title}", fontsize=12)
+    figure.suptitle(f"{title} on {data}", fontsize=12)
 
     epochs = range(1, len(history) + 1)
     robust_eps = list(metrics["after"]["pgd"])[-1]
@@ -33,21 +37,26 @@ def draw_curves(
     by_epoch.plot(epochs, [row["pgd"] for row in history], color=ORANGE, ls="--", label=label)
     by_epoch.set(xlabel="epoch", ylabel=f"accuracy ({followed} validation images)", ylim=(-0.02, 1.02))
 
-    fine_tuned = [(epoch, row) for epoch, row in zip(epochs, history, strict=True) if row["phase"] == "cure"]
+    fine_tuned = [(epoch, row) for epoch, row in zip(epochs, history, strict=True) if row["phase"] == "finetune"]
     steps = [epoch for epoch, _ in fine_tuned]
-    by_penalty.plot(steps, [row["penalty"] for _, row in fine_tuned], color=ORANGE, ls="--", label="penalty")
+    penalties = [row["penalty"] for _, row in fine_tuned]
+    if any(penalties):
+        by_penalty.plot(steps, penalties, color=ORANGE, ls="--", label="penalty")
     by_penalty.plot(steps, [row["loss"] for _, row in fine_tuned], color=BLUE, label="loss")
     by_penalty.set(xlabel="epoch", ylabel="mean of the epoch", yscale="log")
     first = steps[0]
     if first > 1:
         by_epoch.axvline(first - 0.5, color=GREY, lw=1, ls=":")
         # On the left of the line, where accuracy under attack is still near 0 and clean accuracy near 1.
-        by_epoch.annotate("CURE starts", (first - 0.7, 0.5), color=GREY, rotation=90, va="center", ha="right")
+        by_epoch.annotate(f"{title} starts", (first - 0.7, 0.5), color=GREY, rotation=90, va="center", ha="right")
 
     for name, style, colour, words in (
         ("before", "--o", GREY, "before"),
-        ("after", "-s", BLUE, "after CURE"),
+        ("after", "-s", BLUE, f"after {title}"),
+        ("ema", "-^", ORANGE, "averaged"),
     ):
+        if name not in metrics:
+            continue
         points = {0.0: metrics[name]["clean"], **{float(e): v for e, v in metrics[name]["pgd"].items()}}
         by_eps.plot(list(points), list(points.values()), style, color=colour, label=words)
     by_eps.set(xlabel="eps of PGD-10, pixels in [0, 1]", ylabel="accuracy (test set)", ylim=(-0.02, 1.02))

@@ -1,4 +1,4 @@
-"""The steps of an epoch, of normal training or with CURE: the two differ in their objective alone."""
+"""The steps of an epoch, of whatever objective."""
 
 from __future__ import annotations
 
@@ -7,38 +7,24 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastcure._functional import cross_entropy
-from fastcure.objectives.cure import CURE, CUREOutput
+from fastcure.objectives import Objective
+from fastcure.training.average import WeightAverage
 from fastcure.training.ranks import Ranks, out_of_memory
 from fastcure.training.schedule import Schedule
 from fastcure.training.tally import Tally
 
 
-class Normal(nn.Module):
-    """The objective of normal training: cross-entropy in training mode, and no penalty."""
-
-    batch_stats = "split"
-    """As `CURE` has it: a step changes the statistics of batch norms."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
-        """Return what `CURE` returns."""
-        logits = self.model(x)
-        loss = cross_entropy(logits, y).mean()
-        return CUREOutput(loss, loss, torch.zeros((), device=x.device), logits)
-
-
 def train_steps(
-    objective: CURE | Normal,
+    objective: Objective,
     batches: Iterable[tuple[int, float, tuple[Tensor, Tensor]]],
     optimizer: torch.optim.Optimizer,
     schedules: Mapping[str, Schedule],
     tally: Tally,
     ranks: Ranks,
+    *,
     autocast: torch.dtype | None = None,
+    clip: float | None = None,
+    average: WeightAverage | None = None,
 ) -> Iterator[None]:
     """Train, and yield after every step.
 
@@ -55,49 +41,56 @@ def train_steps(
         tally: takes the numbers of each step.
         ranks: the processes.
         autocast: dtype of autocast, or None.
+        clip: largest L2 norm of the gradient of all parameters; a longer one is scaled down to it.
+        average: of the weights, updated after each step.
 
     Raises:
-        MemoryError: if memory does not suffice for one image at a time, or where batch norms need the whole batch: in
-            normal training, and with `batch_stats="train"`.
+        MemoryError: if memory does not suffice for one image at a time, or the objective takes a batch as a whole.
     """
-    objective.model.train()
+    model = objective.model
+    model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moving = list(objective.model.buffers()) if objective.batch_stats != "frozen" else []
+    buffers = list(model.buffers()) if objective.updates_buffers else []
     for index, now, batch in batches:
         for name, schedule in schedules.items():
             if name != "lr":
                 setattr(objective, name, schedule.at(now))
         for group in optimizer.param_groups:
             group["lr"] = schedules["lr"].at(now)
-        ranks.copy_from_first(moving)
-        before = [buffer.clone() for buffer in moving]
-        random = _random_state(ranks.device)
+        ranks.broadcast(buffers)
+        before = [buffer.clone() for buffer in buffers]
+        random = _random_state(ranks.device, objective.generator)
         while True:
             optimizer.zero_grad()
             sums = _backward(objective, batch, ranks, autocast)
-            if not ranks.most(sums is None):
+            if not ranks.all_reduce_max(sums is None):
                 break
-            _set(moving, before)
-            _set_random_state(ranks.device, random)
+            _set(buffers, before)
+            _set_random_state(ranks.device, objective.generator, random)
             _halve(objective, -(-len(batch[0]) // ranks.size))
         assert sums is not None
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        ranks.add_up([*gradients, sums])
-        finite = tally.add(index, sums, nn.utils.get_total_norm(gradients))
+        ranks.all_reduce([*gradients, sums])
+        norm = nn.utils.get_total_norm(gradients)
+        finite = tally.add(index, sums, norm)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
-        _set(moving, [torch.where(finite, *pair) for pair in zip(moving, before, strict=True)])
+        _set(buffers, [torch.where(finite, *pair) for pair in zip(buffers, before, strict=True)])
+        if average is not None:
+            average.update(model, finite)
         yield
 
 
 def _backward(
-    objective: CURE | Normal, batch: tuple[Tensor, Tensor], ranks: Ranks, autocast: torch.dtype | None
+    objective: Objective, batch: tuple[Tensor, Tensor], ranks: Ranks, autocast: torch.dtype | None
 ) -> Tensor | None:
     """Add this process's part of the batch's gradient to `.grad`.
 
     Returns:
-        float64 (4,): over the images of this process the sums of loss, penalty, right answers and 1; None if memory ran
-        out.
+        float64 (4,): over the images of this process the sums of loss, penalty, correct answers and 1; None if memory
+        ran out.
     """
     x, y = ranks.share(*batch)
     count = len(x)
@@ -107,28 +100,28 @@ def _backward(
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             total, loss, penalty, logits = objective(x, y)
         (total * (count / len(batch[0]))).backward()
-        right = (logits.argmax(1) == y).float().mean()
-        return count * torch.stack([loss, penalty, right, torch.ones_like(right)]).detach().double()
+        correct = (logits.argmax(1) == y).float().mean()
+        return count * torch.stack([loss, penalty, correct, torch.ones_like(correct)]).detach().double()
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         return None
 
 
-def _halve(objective: CURE | Normal, images: int) -> None:
+def _halve(objective: Objective, images: int) -> None:
     """Let the objective take fewer of the `images` of a step at a time."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if isinstance(objective, Normal) or objective.batch_stats == "train":
+    if not objective.can_microbatch:
         raise MemoryError(
-            f"memory does not suffice for a step on {images} images, which batch norms in training mode need together: "
+            f"memory does not suffice for a step of {objective.title} on {images} images, which it takes together: "
             "lower --batch-size"
         )
     tried = min(objective.microbatch or images, images)
     if tried == 1:
         raise MemoryError(
-            "memory does not suffice for a step of CURE, even with the penalty on one image at a time: lower "
-            "--batch-size, or take a smaller --model"
+            f"memory does not suffice for a step of {objective.title}, even with the penalty on one image at a time: "
+            "lower --batch-size, or take a smaller --model"
         )
     objective.microbatch = (tried + 1) // 2
 
@@ -139,12 +132,16 @@ def _set(tensors: list[Tensor], values: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    cpu = torch.get_rng_state()
-    return (cpu, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (cpu,)
+def _random_state(device: torch.device, generator: torch.Generator | None) -> list[Tensor]:
+    """The states of torch's generators, and of the objective's."""
+    states = [torch.get_rng_state()]
+    states += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return states + ([generator.get_state()] if generator is not None else [])
 
 
-def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(state[0])
+def _set_random_state(device: torch.device, generator: torch.Generator | None, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
+        torch.cuda.set_rng_state(states[1], device)
+    if generator is not None:
+        generator.set_state(states[-1])

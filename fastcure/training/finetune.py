@@ -1,9 +1,9 @@
-"""`fastcure finetune`: normal training or a checkpoint, then CURE, and accuracies before and after."""
+"""`fastcure finetune`: standard training or a checkpoint, then an objective, and accuracies before and after."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from fastcure._environment import environment, pick_device
 from fastcure.data import Dataset, hold_out, limited, load, stratified
-from fastcure.models import build
+from fastcure.evaluation.network import check_network
+from fastcure.models import MODELS, build
+from fastcure.models.loading import load_model
 from fastcure.models.placement import placed
+from fastcure.objectives import CURE, OBJECTIVES, Objective
 from fastcure.training.curves import draw_curves
 from fastcure.training.interrupt import Interruption
 from fastcure.training.ranks import Ranks, join, own_device
@@ -25,7 +28,7 @@ from fastcure.training.settings import Settings
 def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume: bool = False) -> dict[str, Metrics]:
     """Run what `settings` describe, and leave the results in `settings.out` (see `RunFolder`).
 
-    Under torchrun the processes share every batch and every evaluation, and the first of them writes and prints.
+    Under torchrun the processes share every batch and every evaluation, and the main one writes and prints.
 
     Args:
         settings: of the run.
@@ -33,7 +36,8 @@ def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume
         resume: go on with the run in `settings.out`. Where there is none it is begun; where it is finished it stays.
 
     Returns:
-        `{"before": ..., "after": ...}`, each `{"clean": accuracy, "pgd": {eps: accuracy}}`.
+        `{"before": ..., "after": ...}`, each `{"clean": accuracy, "pgd": {eps: accuracy}}`; with `settings.ema` also
+        `"ema"`, of the averaged weights.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: before anything is written, if a setting, the data or the
@@ -46,14 +50,14 @@ def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume
     with (
         join(pick_device(own_device(settings.device))) as ranks,
         Interruption(patient=ranks.size > 1) as interruption,
-        reserved(settings.out) if ranks.first else nullcontext(True) as free,
+        reserved(settings.out) if ranks.is_main_process else nullcontext(True) as free,
     ):
-        if ranks.most(not free):
+        if ranks.all_reduce_max(not free):
             raise ValueError(
                 f"out must be a folder of its own, got {settings.out}, which another run uses: wait for it, or choose "
                 "another"
             )
-        return _finetune(settings, say if ranks.first else silent, resume, ranks, interruption)
+        return _finetune(settings, say if ranks.is_main_process else silent, resume, ranks, interruption)
 
 
 def _finetune(
@@ -71,6 +75,9 @@ def _finetune(
     data, *held = hold_out(limited(whole, settings.limit, settings.seed), settings.validation, settings.seed)
     torch.manual_seed(settings.seed)
     model = placed(make_model(settings, data), settings.model, data.x_test.shape[1:], ranks.device)
+    check_network(model, settings.model, data, ranks.device)
+    objective = OBJECTIVES[settings.objective]
+    title = objective.title
     run = Run(settings, data, (held[0], held[1]), model, ranks, folder, interruption)
     if folder.checkpoint.exists():
         run.restore()
@@ -89,24 +96,28 @@ def _finetune(
     if settings.track > len(held[1]):
         say(f"--track {settings.track}: there are {len(held[1])} validation images; --validation N holds out more")
 
-    if ranks.first and not folder.begun:
+    if ranks.is_main_process and not folder.begun:
         folder.write_json("config.json", asdict(settings))
     if progress.phase == "pretrain":
         run.train(0 if settings.checkpoint is not None else settings.pretrain_epochs)
-        if ranks.first:
+        if ranks.is_main_process:
             folder.write_weights("original.safetensors", model)
-        progress.before = run.evaluate("before CURE")
+        progress.before = run.evaluate(f"before {title}")
         run.begin_fine_tuning()
     run.train(settings.epochs)
-    if ranks.first:
+    if ranks.is_main_process:
         folder.write_weights("model.safetensors", model)
-    metrics = {"before": progress.before or {}, "after": run.evaluate("after CURE")}
-    warnings = collapse(metrics, data.y_test)
-    if ranks.first:
+    metrics = {"before": progress.before or {}, "after": run.evaluate(f"after {title}")}
+    if run.average is not None:
+        metrics["ema"] = run.evaluate("of the average", run.average.model)
+        if ranks.is_main_process:
+            folder.write_weights("ema.safetensors", run.average.model)
+    warnings = collapse(metrics, data.y_test, objective)
+    if ranks.is_main_process:
         folder.write_json("metrics.json", metrics)
         try:
             picture = io.BytesIO()
-            draw_curves(progress.history, metrics, picture, data.name, len(held[1]))
+            draw_curves(progress.history, metrics, picture, data.name, len(held[1]), title)
         except Exception as error:  # the results are there without it
             reason = " ".join(str(error).split())[:200]
             warnings.append(f"curves.png could not be drawn ({type(error).__name__}: {reason})")
@@ -116,7 +127,7 @@ def _finetune(
         found["images"] = {"train": len(data.y_train), "validation": len(held[1]), "test": len(data.y_test)}
         folder.write_json("environment.json", {**environment(ranks.device), **found})
         folder.finish()
-    say(table(metrics))
+    say(table(metrics, title))
     for warning in warnings:
         say(f"warning: {warning}")
     say(f"results in {folder.path}")
@@ -128,7 +139,12 @@ def silent(_: str) -> None:
 
 
 def make_model(settings: Settings, data: Dataset) -> nn.Module:
-    """Build the network for the data's channels and classes, with their mean and deviation as its normalisation."""
+    """Build a bundled network for the data's channels and classes, with their mean and deviation as its normalisation.
+
+    Any other is what its function returns.
+    """
+    if settings.model not in MODELS:
+        return load_model(settings.model)
     channels = data.x_train.shape[1]
     chosen = stratified(data.y_train, 10_000, settings.seed)
     pixels = data.x_train[chosen].transpose(0, 1).reshape(channels, -1).double() / 255
@@ -136,36 +152,46 @@ def make_model(settings: Settings, data: Dataset) -> nn.Module:
     return build(settings.model, data.classes, channels, pixels.mean(1).tolist(), std.tolist())
 
 
-def collapse(metrics: dict[str, Metrics], y_test: Tensor) -> list[str]:
-    """Say what is wrong with a network that learnt nothing, or lost much of its clean accuracy to CURE.
+def collapse(metrics: dict[str, Metrics], y_test: Tensor, objective: type[Objective] = CURE) -> list[str]:
+    """Say what is wrong with a network that learnt nothing, or lost much of its clean accuracy to fine-tuning.
 
-    Clean accuracy is compared with that of a constant answer, the most frequent class. CURE may take a quarter of what
-    the network had above it; more is taken for a collapse, if it is twice the standard error of the difference.
+    Clean accuracy is compared with that of a constant answer, the most frequent class. Fine-tuning may take a quarter
+    of what the network had above it; more is taken for a collapse, if it is twice the standard error of the difference.
 
     Args:
         metrics: accuracies before and after.
         y_test: labels of the test images.
+        objective: of fine-tuning.
     """
     chance = float(y_test.bincount().max()) / len(y_test)
     before, after = (metrics[name]["clean"] for name in ("before", "after"))
     noise = 2 * (sum(p * (1 - p) for p in (before, after)) / len(y_test)) ** 0.5
     if before <= chance:
         return [
-            f"before CURE, clean accuracy is {before:.1%}, no better than the most frequent class ({chance:.1%}): give "
-            "normal training more --pretrain-epochs or another --pretrain-lr, or start from a --checkpoint"
+            f"before {objective.title}, clean accuracy is {before:.1%}, no better than the most frequent class "
+            f"({chance:.1%}): give standard training more --pretrain-epochs or another --pretrain-lr, or start from a "
+            "--checkpoint"
         ]
     if before - after > max((before - chance) / 4, noise):
+        weight = "lower --gamma, let it climb more slowly, " if "gamma" in objective.scheduled else ""
         return [
-            f"clean accuracy fell from {before:.1%} to {after:.1%} (the most frequent class has {chance:.1%}): lower "
-            "--gamma, let it climb more slowly, lower --lr, or give normal training more --pretrain-epochs"
+            f"clean accuracy fell from {before:.1%} to {after:.1%} (the most frequent class has {chance:.1%}): {weight}"
+            "lower --lr, or give standard training more --pretrain-epochs"
         ]
     return []
 
 
-def table(metrics: dict[str, Metrics]) -> str:
-    """Format accuracies before and after as lines of text."""
-    before, after = metrics["before"], metrics["after"]
-    rows = [("clean", before["clean"], after["clean"])]
-    rows += [(f"PGD-10, eps {eps}", before["pgd"][eps], after["pgd"][eps]) for eps in before["pgd"]]
-    lines = [f"{'accuracy':<20} {'before':>8} {'after CURE':>11}"]
-    return "\n".join(lines + [f"{name:<20} {old:8.1%} {new:11.1%}" for name, old, new in rows])
+def table(metrics: dict[str, Metrics], title: str = "CURE") -> str:
+    """Format accuracies before and after, and of averaged weights, as lines of text."""
+    columns = {"before": metrics["before"], f"after {title}": metrics["after"]}
+    if "ema" in metrics:
+        columns["averaged"] = metrics["ema"]
+    widths = [8, *(max(11, len(name) + 1) for name in list(columns)[1:])]
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return " ".join([f"{name:<20}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))])
+
+    lines = [line("accuracy", columns), line("clean", [f"{of['clean']:.1%}" for of in columns.values()])]
+    for eps in metrics["before"]["pgd"]:
+        lines.append(line(f"PGD-10, eps {eps}", [f"{of['pgd'][eps]:.1%}" for of in columns.values()]))
+    return "\n".join(lines)

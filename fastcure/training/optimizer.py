@@ -1,14 +1,58 @@
-"""The optimiser, and its state as tensors with names."""
+"""The optimisers, and their state as tensors with names."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+Parameters = Iterable[nn.Parameter]
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser: fused, so that a step can be left out without asking the device."""
-    return torch.optim.Adam(model.parameters(), fused=True)
+
+def _adam(parameters: Parameters, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, weight_decay=weight_decay, fused=True)
+
+
+def _adamw(parameters: Parameters, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
+
+
+def _sgd(parameters: Parameters, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum.
+
+    Its momentum starts at 0, which gives the steps that torch's own start gives. Torch's would be undefined after a
+    first step that is left out because it is not finite.
+    """
+    nesterov = momentum > 0
+    sgd = torch.optim.SGD(
+        parameters, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True, lr=1e-3
+    )
+    for parameter in sgd.param_groups[0]["params"] if nesterov else ():
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, float, float], torch.optim.Optimizer]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
+"""Each takes parameters, momentum and weight decay; fused, so that a step is left out without asking the device."""
+
+
+def make_optimizer(
+    parameters: Parameters, name: str = "adam", momentum: float = 0.9, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return an optimiser of these parameters, whose learning rate is to be set before each step.
+
+    Args:
+        parameters: to train.
+        name: one of `OPTIMIZERS`.
+        momentum: Nesterov's, of "sgd" alone.
+        weight_decay: of every parameter: decoupled in "adamw", added to the gradient in the others.
+    """
+    return OPTIMIZERS[name](parameters, momentum, weight_decay)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

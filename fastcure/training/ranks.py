@@ -29,7 +29,7 @@ class Ranks(NamedTuple):
         return f"{self.size} x {self.device.type}" if self.size > 1 else str(self.device)
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
@@ -37,19 +37,19 @@ class Ranks(NamedTuple):
         """Return every `size`-th row of each tensor, beginning with the `rank`-th."""
         return tuple(part[self.rank :: self.size] for part in batch)
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return the largest value of any process."""
         if self.size == 1:
             return value
-        most = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+        largest = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def agree(self, **values: Any) -> None:
         """Wait for the others.
 
         Raises:
-            ValueError: in all of them, if the values of one are not those of the first.
+            ValueError: in all of them, if the values of one are not those of the main process.
         """
         if self.size == 1:
             return
@@ -63,12 +63,12 @@ class Ranks(NamedTuple):
                         f"{value!r} in process {rank}: on several hosts, --out must be a folder that they share"
                     )
 
-    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with those of the first process."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with those of the main process."""
         if self.size > 1:
             _as_one(list(tensors), lambda flat: dist.broadcast(flat, 0))
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite each tensor with its sum over the processes."""
         if self.size > 1:
             _as_one(list(tensors), dist.all_reduce)
@@ -171,7 +171,7 @@ def join(device: torch.device) -> Iterator[Ranks]:
         ) from error
     # After an error there is no waiting: the others may wait for this process, and end when it does.
     with suppress(RuntimeError):  # of a process that failed after its last exchange, and reports that by its status
-        ranks.most(0)
+        ranks.all_reduce_max(0)
     dist.destroy_process_group()
 
 

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure import CURE
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation, stratified
-from fastcure.evaluation.accuracy import right
+from fastcure.evaluation.accuracy import correct
+from fastcure.objectives import OBJECTIVES, Objective, Standard
+from fastcure.objectives.standard import smoothed
+from fastcure.training.average import WeightAverage
 from fastcure.training.checkpoint import Parts, Progress, pack, unpack
-from fastcure.training.epoch import Normal, train_steps
+from fastcure.training.epoch import train_steps
 from fastcure.training.interrupt import Interrupted, Interruption
-from fastcure.training.optimizer import adam, load_optimizer, optimizer_tensors
+from fastcure.training.objective import make_objective, schedules_of
+from fastcure.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from fastcure.training.ranks import Ranks
 from fastcure.training.run_folder import RunFolder
-from fastcure.training.settings import Settings, step_lengths
+from fastcure.training.settings import Settings
 from fastcure.training.tally import EpochResult, Tally
 from fastcure.training.track import track_row
 
@@ -35,6 +38,9 @@ SAVE_EVERY = 600.0
 
 LOOK_EVERY = {"cpu": 1}
 """Steps after which a device is asked whether all were finite; others after 50. It is before a save, too."""
+
+RECALIBRATED = 2048
+"""Training images, not augmented, from which batch norms of averaged weights take their statistics."""
 
 Metrics = dict[str, Any]
 
@@ -75,8 +81,11 @@ class Run:
             generator=torch.Generator().manual_seed(settings.seed),
         )
         self.progress = Progress(data=checksum(*data[:4], *held), microbatch=settings.microbatch)
-        self.optimizer = adam(model)
+        self.optimizer = self._optimizer()
+        self.average: WeightAverage | None = None
         self.tally = Tally(ranks.device)
+        self._generator_of_steps = torch.Generator(ranks.device)
+        self._train = data.x_train, data.y_train
         self._saved = self._clock = 0.0
 
     def restore(self) -> None:
@@ -89,7 +98,7 @@ class Run:
         progress, parts = unpack(path)
         if progress.data != self.progress.data:
             raise ValueError(f"{path} was reached on other images or labels than those of {self.settings.dataset}")
-        epochs = self.settings.epochs if progress.phase == "cure" else self.settings.pretrain_epochs
+        epochs = self.settings.epochs if progress.phase == "finetune" else self.settings.pretrain_epochs
         if progress.epoch > epochs or progress.step > len(self.loader):
             raise ValueError(
                 f"{path} does not fit this run: it is at step {progress.step} of epoch {progress.epoch} of "
@@ -98,6 +107,9 @@ class Run:
         try:
             self.model.load_state_dict(parts["model"])
             load_optimizer(self.optimizer, parts.get("optimizer", {}))
+            if progress.phase == "finetune" and self.settings.ema is not None:
+                self.average = WeightAverage(self.model, self.settings.ema)
+                self.average.load(parts["average"])
             self._generator.set_state(parts["random"]["loader"])
             torch.set_rng_state(parts["random"]["torch"])
             if self.ranks.device.type == "cuda" and "cuda" in parts["random"]:
@@ -111,57 +123,76 @@ class Run:
 
     def begin_fine_tuning(self) -> None:
         """Start the second phase, with an optimiser of its own."""
-        self.progress.phase, self.progress.epoch, self.progress.step = "cure", 0, 0
-        self.optimizer = adam(self.model)
+        self.progress.phase, self.progress.epoch, self.progress.step = "finetune", 0, 0
+        self.optimizer = self._optimizer()
+        if self.settings.ema is not None:
+            self.average = WeightAverage(self.model, self.settings.ema)
 
     def train(self, epochs: int) -> None:
         """Train until the phase has had `epochs` epochs, with a row of history each."""
         progress, settings = self.progress, self.settings
-        cured = progress.phase == "cure"
+        fine_tuning = progress.phase == "finetune"
         self._clock = time.perf_counter() - progress.seconds.get(progress.phase, 0.0)
-        if cured:
-            schedules = {name: settings.schedule(name) for name in ("lr", "gamma")}
-            values = self.test[0][0].numel()
-            schedules["h"] = step_lengths(settings.h, settings.h_unit, settings.epochs, settings.eps, values)
-            engine = "eager" if settings.engine == "auto" else settings.engine
-            objective: CURE | Normal = CURE(
-                self.model,
-                power=settings.power,
-                engine=engine,
-                batch_stats=settings.batch_stats,
-                loss_at=settings.loss_at,
-                fraction=settings.fraction,
-                microbatch=progress.microbatch,
-            )
+        if fine_tuning:
+            schedules = schedules_of(settings, numel=self.test[0][0].numel())
+            objective = make_objective(settings, self.model, progress.microbatch)
+            objective.generator = self._generator_of_steps
         else:
-            schedules, objective = {"lr": settings.schedule("pretrain_lr")}, Normal(self.model)
-        self.ranks.copy_from_first(self.model.state_dict().values())
+            schedules = {"lr": settings.schedule("pretrain_lr")}
+            objective = Standard(self.model, smoothed(settings.label_smoothing))
+        self.ranks.broadcast(self.model.state_dict().values())
         self._epoch_began_at = self._generator.get_state()
         self._save()
-        if cured and not progress.track:  # a run that was stopped in its first epoch has the row already
+        if fine_tuning and not progress.track:  # a run that was stopped in its first epoch has the row already
             progress.track = self._tracked()
         while progress.epoch < epochs:
             title = f"{progress.phase} {progress.epoch + 1}/{epochs}"
-            batches = self._batches(title)
-            amp = torch.bfloat16 if settings.amp == "bf16" else None
-            for _ in train_steps(objective, batches, self.optimizer, schedules, self.tally, self.ranks, amp):
+            steps = train_steps(
+                *(objective, self._batches(title), self.optimizer, schedules, self.tally, self.ranks),
+                autocast=torch.bfloat16 if settings.amp == "bf16" else None,
+                clip=settings.clip,
+                average=self.average,
+            )
+            for _ in steps:
                 progress.step += 1
-                if isinstance(objective, CURE):
+                if objective.can_microbatch:
                     self._note_microbatch(objective.microbatch)
                 self._pause()
-            self.ranks.copy_from_first(self.model.buffers())  # of batch norms, which saw other images elsewhere
+            self.ranks.broadcast(self.model.buffers())  # of batch norms, which saw other images elsewhere
             self._save()
+            self._recalibrate(objective)
             result = self.tally.result()
             last = progress.epoch + 1 - 1 / len(self.loader)  # of the epoch's last step
-            row = {name: schedules[name].at(last) if name in schedules else 0.0 for name in ROW}
+            columns = ("lr", *OBJECTIVES[settings.objective].scheduled)
+            row = {name: schedules[name].at(last) if name in schedules else 0.0 for name in columns}
             self._end_epoch(row, result, title)
 
-    def evaluate(self, title: str) -> Metrics:
-        """Clean accuracy, and accuracy under PGD-10 at each eps, on the whole test set."""
-        robust = {}
+    def evaluate(self, title: str, model: nn.Module | None = None) -> Metrics:
+        """Clean accuracy, and accuracy under PGD-10 at each eps, on the whole test set.
+
+        Args:
+            title: shown beside the progress.
+            model: the network; the one that is trained if None.
+        """
+        model, robust = model or self.model, {}
         for eps in self._bar(self.settings.eps, f"PGD-10 {title}", unit="eps"):
-            robust[f"{eps:.6g}"] = self._accuracy(*self.test, eps)
-        return {"clean": self._accuracy(*self.test), "pgd": robust}
+            robust[f"{eps:.6g}"] = self._accuracy(model, *self.test, eps)
+        return {"clean": self._accuracy(model, *self.test), "pgd": robust}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        return make_optimizer(self.model.parameters(), settings.optimizer, settings.momentum, settings.weight_decay)
+
+    def _recalibrate(self, objective: Objective) -> None:
+        """Give the averaged network statistics of its own, where training changes those of the model."""
+        if self.average is None or not objective.updates_buffers:
+            return
+        x, y = self._train
+        size = min(self.settings.batch_size, len(x))
+        chosen = stratified(y, RECALIBRATED, self.settings.seed)
+        chosen = chosen[: len(chosen) // size * size] if len(chosen) > size else chosen
+        self.average.recalibrate([x[part].to(self.ranks.device).float() / 255 for part in chosen.split(size)])
+        self.ranks.broadcast(self.average.model.buffers())
 
     @property
     def _generator(self) -> torch.Generator:
@@ -173,13 +204,17 @@ class Run:
         self._epoch_began_at = self._generator.get_state()
         step, steps = self.progress.step, len(self.loader)
         left = islice(self.loader, step, None)
+        progress, seed = self.progress, self.settings.seed
         for index, batch in enumerate(self._bar(left, title, unit="step", initial=step, total=steps), step):
+            # Of the step and the process alone: a resumed run draws what it would have drawn.
+            place = f"{seed} {progress.phase} {progress.epoch} {index} {self.ranks.rank}"
+            self._generator_of_steps.manual_seed(zlib.crc32(place.encode()))
             yield index, self.progress.epoch + index / steps, batch
 
     def _note_microbatch(self, microbatch: int | None) -> None:
         """Remember, and say, that memory sufficed for so few images only."""
         progress = self.progress
-        if microbatch != progress.microbatch and self.ranks.first:
+        if microbatch != progress.microbatch and self.ranks.is_main_process:
             tqdm.write(
                 f"memory ran out in step {progress.step} of epoch {progress.epoch + 1} of {progress.phase}: from there "
                 f"on, steps take {microbatch} images at a time, with the same result (--microbatch {microbatch})"
@@ -199,12 +234,13 @@ class Run:
         skips = self.settings.non_finite == "skip"
         if skips and (progress.step < steps or self.tally.result().skipped < steps):
             return
-        mend = "lower --lr or --gamma, or let gamma climb from 0"
+        climbs = "gamma" in OBJECTIVES[self.settings.objective].scheduled
+        fix = "lower --lr or --gamma, or let gamma climb from 0" if climbs else "lower --lr, or set --clip"
         raise FloatingPointError(
             f"batch {bad.step + 1} of {steps} in epoch {progress.epoch + 1} of {progress.phase} had loss {bad.loss:g}, "
             f"penalty {bad.penalty:g} and a gradient of norm {bad.gradient:g}"
             + (", and all others of the epoch were skipped like it" if skips else "")
-            + (f": {mend}" if progress.phase == "cure" else ": lower --pretrain-lr")
+            + (f": {fix}" if progress.phase == "finetune" else ": lower --pretrain-lr")
             + ("" if skips else "; or leave such batches out, by --resume --non-finite skip")
         )
 
@@ -213,7 +249,7 @@ class Run:
         if self.progress.step % LOOK_EVERY.get(self.ranks.device.type, 50) == 0:
             self._check_finite()
         due = int(time.monotonic() - self._saved > SAVE_EVERY)
-        request = self.ranks.most(self.interruption.signal or due)  # 1 is neither SIGINT nor SIGTERM
+        request = self.ranks.all_reduce_max(self.interruption.signal or due)  # 1 is neither SIGINT nor SIGTERM
         if request:
             self._save()
         if request > 1:
@@ -224,7 +260,7 @@ class Run:
         self._check_finite()
         progress = self.progress
         progress.seconds[progress.phase] = round(time.perf_counter() - self._clock, 1)
-        if self.ranks.first:
+        if self.ranks.is_main_process:
             random = {"loader": self._epoch_began_at, "torch": torch.get_rng_state()}
             if self.ranks.device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
@@ -234,12 +270,20 @@ class Run:
                 "random": random,
                 "tally": {"numbers": self.tally.numbers},
             }
+            if self.average is not None:
+                parts["average"] = self.average.tensors()
             self.folder.write(self.folder.checkpoint.name, pack(progress, parts))
         self._saved = time.monotonic()
 
     def _end_epoch(self, row: dict[str, float], result: EpochResult, title: str) -> None:
-        clean, robust = self._accuracy(*self.held), self._accuracy(*self.held, self.settings.eps[-1])
-        progress = self.progress
+        progress, eps = self.progress, self.settings.eps[-1]
+        clean, robust = (self._accuracy(self.model, *self.held, radius) for radius in (None, eps))
+        averaged: dict[str, float | None] = {}
+        if self.settings.ema is not None:
+            averaged = {"ema_clean": None, "ema_pgd": None}
+            if self.average is not None:
+                found = (self._accuracy(self.average.model, *self.held, radius) for radius in (None, eps))
+                averaged = dict(zip(averaged, found, strict=True))
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.tally.clear()
         progress.history.append(
@@ -253,48 +297,45 @@ class Run:
                 "skipped": result.skipped,
                 "clean": clean,
                 "pgd": robust,
+                **averaged,
             }
         )
         progress.track = self._tracked()
-        if self.ranks.first:
+        if self.ranks.is_main_process:
             self.folder.write_csv("history.csv", progress.history)
             tqdm.write(
                 f"{title:>15}  loss {result.loss:.3f}  "
-                + (f"penalty {result.penalty:.2e}  " if progress.phase == "cure" else "")
-                + f"train {result.accuracy:6.1%}  clean {clean:6.1%}  pgd({self.settings.eps[-1]:.3g}) {robust:6.1%}"
+                + (f"penalty {result.penalty:.2e}  " if progress.phase == "finetune" else "")
+                + f"train {result.accuracy:6.1%}  clean {clean:6.1%}  pgd({eps:.3g}) {robust:6.1%}"
                 + (f"  skipped {result.skipped} of {len(self.loader)} steps" if result.skipped else "")
             )
 
     def _tracked(self) -> list[dict[str, Any]]:
         """The track up to here, with a row for the present state if it is asked for."""
         progress, settings = self.progress, self.settings
-        if not (settings.track and progress.phase == "cure"):
+        if not (settings.track and progress.phase == "finetune"):
             return progress.track
         x, y = self.held
         chosen = stratified(y, settings.track, settings.seed).to(y.device)
         rows = [*progress.track, track_row(self.model, x[chosen], y[chosen], progress.epoch, settings.seed)]
-        if self.ranks.first:
+        if self.ranks.is_main_process:
             self.folder.write_csv("track.csv", rows)
         return rows
 
-    def _accuracy(self, x: Tensor, y: Tensor, eps: float | None = None) -> float:
+    def _accuracy(self, model: nn.Module, x: Tensor, y: Tensor, eps: float | None = None) -> float:
         """Accuracy on images, clean or under PGD-10; the processes share the batches."""
 
         def attacked(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
             self.interruption.check()
             attack = None if eps is None else partial(pgd, eps=eps, steps=10, generator=generator)
-            return right(self.model, x, y, attack)
+            return correct(model, x, y, attack)
 
         batch_size = self.progress.microbatch or EVALUATED
         return float(self.ranks.map(attacked, x, y, self.settings.seed, batch_size).double().mean())
 
     def _bar(self, work: Any, title: str, **options: Any) -> Any:
-        bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if self.ranks.first else True)
+        bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if self.ranks.is_main_process else True)
         return bar(work, title, **options)
-
-
-ROW = ("lr", "gamma", "h")
-"""Columns of the history that hold schedules: what the epoch's last step used."""
 
 
 def checksum(*parts: Tensor) -> int:

@@ -25,7 +25,8 @@ class RunFolder:
 
     `config.json` the settings; `environment.json` versions, device and seconds; `history.csv` a row an epoch;
     `metrics.json` accuracies before and after; `original.safetensors` and `model.safetensors` the weights before and
-    after CURE; `curves.png`; with `--track`, `track.csv`. While the run lasts, `checkpoint.safetensors` is its state.
+    after fine-tuning; `curves.png`; with `--ema`, `ema.safetensors`, the averaged weights; with `--track`, `track.csv`.
+    While the run lasts, `checkpoint.safetensors` is its state.
 
     Args:
         path: a folder that does not exist, or is empty.

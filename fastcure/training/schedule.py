@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+ONE_CYCLE = "onecycle:"
+"""Begins the schedule of one cycle."""
+
 
 class Segment(NamedTuple):
-    """From `start` to `stop`, linearly, in `epochs` epochs."""
+    """From `start` to `stop` in `epochs` epochs, linearly or along half a wave of the cosine."""
 
     start: float
     stop: float
     epochs: float
+    cosine: bool = False
+
+    def at(self, epoch: float) -> float:
+        """Return the value at an epoch of the segment, counted from its start."""
+        if self.cosine:
+            epoch = self.epochs * (1 - math.cos(math.pi * epoch / self.epochs)) / 2
+        return self.start + (self.stop - self.start) * epoch / self.epochs
 
 
 class Schedule(NamedTuple):
-    """A piecewise linear function of the epoch."""
+    """A function of the epoch, segment by segment."""
 
     segments: tuple[Segment, ...]
 
@@ -23,20 +33,23 @@ class Schedule(NamedTuple):
         """Return the value at a (fractional) epoch; past the end, the last value."""
         for segment in self.segments:
             if epoch < segment.epochs:
-                return segment.start + (segment.stop - segment.start) * epoch / segment.epochs
+                return segment.at(epoch)
             epoch -= segment.epochs
         return self.segments[-1].stop
 
     def times(self, factor: float) -> Schedule:
         """Return the schedule in another unit."""
-        return Schedule(tuple(Segment(factor * a, factor * b, epochs) for a, b, epochs in self.segments))
+        return Schedule(
+            tuple(each._replace(start=factor * each.start, stop=factor * each.stop) for each in self.segments)
+        )
 
 
 def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
     """Read a schedule: segments `VALUE` or `FROM:TO`, each but the last followed by `xEPOCHS`, joined by commas.
 
     `4x10,8x5,12x5` holds 4 for ten epochs, then 8 for five, then 12 for five; `0:4x30%,4` climbs from 0 to 4 in the
-    first 30 % of the run and stays; `1e-3:1e-5` falls throughout.
+    first 30 % of the run and stays; `1e-3:1e-5` falls throughout. `onecycle:1e-2` is torch's OneCycleLR with its
+    defaults: from a 25th up to 1e-2 in 30 % of the run, and down to 4e-8 of 1e-2, both along a cosine.
 
     Args:
         name: of the setting, for errors.
@@ -46,7 +59,10 @@ def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
     Raises:
         ValueError: if it cannot be read, has a negative value, or does not last `epochs` epochs.
     """
-    parts = text.replace(" ", "").split(",")
+    text = text.replace(" ", "")
+    if text.startswith(ONE_CYCLE):
+        return _one_cycle(name, text, epochs)
+    parts = text.split(",")
     segments, left = [], float(epochs)
     for index, part in enumerate(parts):
         values, cross, length = part.partition("x")
@@ -59,7 +75,7 @@ def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
             segment = Segment(float(start), float(stop or start), lasts)
         except ValueError:
             raise ValueError(
-                f"{name} must be a number or a schedule such as 4x10,8x5,12x5 or 0:4x30%,4, got {text!r}"
+                f"{name} must be a number or a schedule such as 4x10,8x5,12x5 or 0:4x30%,4 or onecycle:4, got {text!r}"
             ) from None
         if not all(math.isfinite(v) and v >= 0 for v in segment):
             raise ValueError(f"{name} must be finite and >= 0 throughout, got {part!r} in {text!r}")
@@ -68,3 +84,15 @@ def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
     if abs(left) > 1e-9:
         raise ValueError(f"{name} must last the run's {epochs} epochs, got {epochs - left:g} in {text!r}")
     return Schedule(tuple(segments))
+
+
+def _one_cycle(name: str, text: str, epochs: int) -> Schedule:
+    """Smith, Topin, "Super-Convergence", 2018, as `torch.optim.lr_scheduler.OneCycleLR` has it."""
+    try:
+        peak = float(text.removeprefix(ONE_CYCLE))
+    except ValueError:
+        peak = math.nan
+    if not (math.isfinite(peak) and peak > 0):
+        raise ValueError(f"{name} must be onecycle:PEAK with a peak > 0, such as onecycle:1e-2, got {text!r}")
+    start, up = peak / 25, 0.3 * epochs
+    return Schedule((Segment(start, peak, up, True), Segment(peak, start / 1e4, epochs - up, True)))

@@ -1,69 +1,93 @@
-"""The settings of a fine-tuning run: their defaults, the presets, and their checks."""
+"""The settings of a fine-tuning run: their defaults and their checks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastcure._batch import Options
+from torch import nn
+
 from fastcure._defaults import BATCH_STATS, BatchStats
-from fastcure._fields import check_types, check_whole_numbers, shortened
-from fastcure._validation import check_fraction
+from fastcure._fields import OneOf, check_types, check_whole_numbers, shortened
+from fastcure.data import ADDRESSES, DATASETS
 from fastcure.engines import ENGINES, LossAt, engine_called
 from fastcure.models import MODELS
+from fastcure.models.loading import FUNCTION
+from fastcure.objectives import OBJECTIVES
+from fastcure.training.objective import make_objective, settings_of
+from fastcure.training.optimizer import OPTIMIZERS
+from fastcure.training.presets import PRESETS
 from fastcure.training.run_folder import read_json
 from fastcure.training.schedule import Schedule, parse_schedule
-from fastcure.units import eps_to_h
 
 MAX_H = 1e4
 """Largest h: far longer than the diagonal of the pixels' box, and far from where squares overflow in float32."""
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """Return a dataclass field whose meaning the command line shows."""
-    return field(default=default, metadata={"help": meaning})
+def setting(default: Any, meaning: str, alone: int | None = None) -> Any:
+    """Return a dataclass field.
+
+    Args:
+        default: value.
+        meaning: what the command line shows.
+        alone: the value that the flag has there without one.
+    """
+    return field(default=default, metadata={"help": meaning, "alone": alone})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that determines a run. Numbers that may change during it are schedules, see `parse_schedule`.
 
-    The defaults are CURE with what docs/study.md found to serve it.
+    The defaults are CURE with what docs/study.md found to serve it. Types and choices are those of the annotations, for
+    the checks here and for the command line.
     """
 
-    dataset: str = setting("digits", "digits, fashion-mnist, svhn, cifar10, npz:PATH or hf:OWNER/NAME.")
+    dataset: Annotated[str, OneOf(DATASETS, ADDRESSES)] = setting("digits", "Images and labels.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
-    model: str = setting("resnet8", f"{', '.join(MODELS)}.")
-    checkpoint: str | None = setting(
-        None, "Weights to start from, .safetensors or .pt; without them the model is first trained normally."
+    model: Annotated[str, OneOf(MODELS, (FUNCTION,))] = setting(
+        "resnet8", "A bundled network, or what a function of yours returns: it takes pixels in [0, 1]."
     )
-    preset: str | None = setting(None, "Where the other defaults come from.")
-    pretrain_epochs: int = setting(20, "Epochs of normal training.")
-    pretrain_lr: str = setting("1e-3:1e-5", "Learning rate of normal training.")
-    epochs: int = setting(20, "Epochs of fine-tuning with CURE.")
+    checkpoint: str | None = setting(
+        None, "Weights to start from, .safetensors or .pt; without them standard training comes first."
+    )
+    preset: Annotated[str, OneOf(PRESETS)] | None = setting(None, "Where the other defaults come from.")
+    objective: Annotated[str, OneOf(OBJECTIVES)] = setting("cure", "What fine-tuning minimises.")
+    pretrain_epochs: int = setting(20, "Epochs of standard training.")
+    pretrain_lr: str = setting("1e-3:1e-5", "Learning rate of standard training.")
+    epochs: int = setting(20, "Epochs of fine-tuning.")
     batch_size: int = setting(128, "Images a step.")
     microbatch: int | None = setting(
         None, "Images of a step of CURE at a time, in each process: less memory; found by itself when memory runs out."
     )
-    lr: str = setting("0:1e-2x10%,1e-2:1e-4", "Learning rate (Adam); large networks want less, 1e-4 in the paper.")
+    lr: str = setting("0:1e-2x10%,1e-2:1e-4", "Learning rate; large networks want less, 1e-4 in CURE's paper.")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = setting("adam", "Of both phases.")
+    momentum: float = setting(0.9, "Nesterov momentum of sgd.")
+    weight_decay: float = setting(0.0, "Of all parameters: decoupled in adamw, else added to the gradient.")
+    label_smoothing: float = setting(0.0, "Of the loss, in both phases; in [0, 1).")
+    clip: float | None = setting(None, "Largest L2 norm of a step's gradient, which is scaled down to it.")
+    ema: float | None = setting(
+        None, "Decay of an exponential moving average of the fine-tuned weights, such as 0.999, measured beside them."
+    )
     gamma: str = setting("0:1x50%,1", "Weight of the penalty.")
-    h: str = setting("1", "Length of the finite step.")
-    h_unit: str = setting(
+    h: str = setting("1", "Length of CURE's finite step.")
+    h_unit: Literal["eps", "l2"] = setting(
         "eps", "Of h: 'eps', FGSM steps of the largest --eps; or 'l2', its L2 length, pixels in [0, 1]."
     )
-    power: int = setting(2, "2: squared norm; 1: norm.")
-    batch_stats: BatchStats = setting(BATCH_STATS, "'frozen', 'split' or 'train', as in `fastcure.curvature`.")
+    power: Literal[1, 2] = setting(2, "2: squared norm; 1: norm.")
+    batch_stats: BatchStats = setting(BATCH_STATS, "Mode of batch norms; 'split' is for CURE alone.")
     loss_at: LossAt = setting("x", "'x', or 'step' for the loss at x + h z, as in `fastcure.curvature`.")
     fraction: float = setting(1.0, "Share of each batch, in (0, 1], that has a penalty; the loss is of all of it.")
-    engine: str = setting(
-        "auto", f"{', '.join(ENGINES)}; 'auto' is 'eager' here, so that a resumed run is the same run."
+    engine: Annotated[str, OneOf(ENGINES)] = setting(
+        "auto", "'auto' is 'eager', so that a resumed run is the same run."
     )
-    non_finite: str = setting(
-        "stop", "'stop' or 'skip' (and count): what becomes of a step whose loss, penalty or gradient is not finite."
+    train_eps: str | None = setting(None, "Radius of the attack in adversarial training and TRADES; the largest --eps.")
+    steps: int = setting(7, "Of that attack, by pgd and trades.")
+    non_finite: Literal["stop", "skip"] = setting(
+        "stop", "'skip' leaves out (and counts) a step whose loss, penalty or gradient is not finite."
     )
-    augment: bool = setting(True, "The dataset's usual augmentation, in normal training and in fine-tuning.")
+    augment: bool = setting(True, "The dataset's usual augmentation, in both phases.")
     eps: tuple[float, ...] = setting(
         (2 / 255, 4 / 255, 8 / 255, 12 / 255),
         "Radii of the L-infinity PGD-10 evaluation, in pixels in [0, 1]; the run is followed at the last one.",
@@ -71,9 +95,11 @@ class Settings:
     validation: int | None = setting(
         None, "Training images held out to follow the run on (128, or a tenth of them if that is less)."
     )
-    track: int = setting(0, "Follow curvature and PGD-10 at eps 8/255 on so many of the images held out (track.csv).")
+    track: int = setting(
+        0, "Follow curvature and PGD-10 at eps 8/255 on so many of the images held out (track.csv).", alone=1000
+    )
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
-    amp: str = setting("none", "'none' or 'bf16': the dtype of autocast.")
+    amp: Literal["none", "bf16"] = setting("none", "The dtype of autocast.")
     seed: int = setting(0, "Of the weights, the batches' order, the augmentation and the attacks' starts.")
     limit: int | None = setting(None, "Use N training and N test images only, stratified by class.")
     out: str = setting("runs/finetune", "Folder of the run's results; must not exist, or be empty.")
@@ -81,96 +107,36 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         check_types(self)
-        choices = {
-            "model": tuple(MODELS),
-            "power": (1, 2),
-            "batch_stats": ("frozen", "split", "train"),
-            "loss_at": ("x", "step"),
-            "h_unit": ("l2", "eps"),
-            "engine": tuple(ENGINES),
-            "non_finite": ("stop", "skip"),
-            "amp": ("none", "bf16"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "microbatch": 1, "limit": 1, "seed": 0, "track": 0}
-        check_whole_numbers(self, {**least, "validation": 1})
-        options = Options(power=self.power, batch_stats=self.batch_stats, loss_at=self.loss_at)
-        options.check_microbatch(self.microbatch)
-        check_fraction(self.fraction)
-        engine_called(self.engine, training_norms=self.batch_stats == "train")
+        check_whole_numbers(self, {**least, "validation": 1, "steps": 1})
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be > 0, got {self.clip}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must be in (0, 1), such as 0.999, got {self.ema}")
+        make_objective(self, nn.Identity(), self.microbatch)
+        if "engine" in settings_of(self.objective):
+            engine_called(self.engine, training_norms=self.batch_stats == "train")
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
             raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
-        lengths = [value for segment in self.schedule("h").segments for value in segment[:2]]
-        if min(lengths) <= 0:
-            raise ValueError(f"h must be > 0, got {self.h}")
-        if max(lengths) > MAX_H:
-            raise ValueError(f"h must be <= {MAX_H:g}, got {self.h}")
+        for name, high in (("h", MAX_H), ("train_eps", 1.0)):
+            numbers = [value for segment in self.schedule(name).segments for value in (segment.start, segment.stop)]
+            if name == "h" and min(numbers) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            if max(numbers) > high:
+                raise ValueError(f"{name} must be <= {high:g}, got {getattr(self, name)}")
         for name in ("lr", "gamma", "pretrain_lr"):
             self.schedule(name)
 
     def schedule(self, name: str) -> Schedule:
-        """Return the schedule of `lr`, `gamma`, `h` or `pretrain_lr` over its epochs."""
-        return parse_schedule(name, getattr(self, name), self.pretrain_epochs if "pretrain" in name else self.epochs)
-
-
-def step_lengths(h: str, h_unit: str, epochs: int, eps: Sequence[float], values: int) -> Schedule:
-    """Return the schedule of the finite step as an L2 length, for images of so many values and these radii."""
-    schedule = parse_schedule("h", h, epochs)
-    return schedule if h_unit == "l2" else schedule.times(eps_to_h(max(eps), values))
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Seconds on a laptop. PGD-10 at eps = 0.1 of the enlarged 16 x 16 image leaves an undefended network nothing.
-    "digits": {
-        "dataset": "digits",
-        "model": "resnet8",
-        "pretrain_epochs": 8,
-        "pretrain_lr": "3e-3:1e-5",
-        "epochs": 15,
-        "batch_size": 32,
-        "lr": "0:5e-3x5%,5e-3:1e-5",
-        "gamma": "0:0.4x30%,0.4",
-        "h": "1.25",
-        "h_unit": "l2",
-        "batch_stats": "train",
-        "augment": False,
-        "track": 100,
-        "eps": (0.025, 0.05, 0.075, 0.1),
-    },
-    # More robust than PGD-7 adversarial training at equal arithmetic, on Fashion-MNIST up to eps 0.1 (two budgets of
-    # docs/study.md). Not the paper's: the loss is at the FGSM point, and a quarter has a penalty.
-    **{
-        name: {
-            "model": "resnet8",
-            "pretrain_epochs": 10,
-            "pretrain_lr": "0:3e-3x10%,3e-3:3e-5",
-            "epochs": epochs,
-            "batch_size": 64,
-            "lr": "0:1e-2x10%,1e-2:1e-4",
-            "gamma": "0:0.3x50%,0.3",
-            "h": "1",
-            "h_unit": "eps",
-            "batch_stats": "train",
-            "loss_at": "step",
-            "fraction": 0.25,
-        }
-        for name, epochs in (("fast", 5), ("strong", 13))
-    },
-    # The paper's supplement; it fine-tunes a network that was trained normally.
-    "svhn-paper": {
-        "dataset": "svhn",
-        "model": "resnet18",
-        "pretrain_epochs": 30,
-        "epochs": 20,
-        "batch_size": 128,
-        "lr": "1e-4:1e-6",
-        "gamma": "4x50%,8x25%,12x25%",
-        "h": "1.25",
-        "h_unit": "l2",
-    },
-}
+        """Return the schedule of `lr`, `gamma`, `h`, `train_eps` or `pretrain_lr` over its epochs."""
+        text = getattr(self, name)
+        if name == "train_eps" and text is None:
+            text = repr(float(max(self.eps)))
+        return parse_schedule(name, text, self.pretrain_epochs if "pretrain" in name else self.epochs)
 
 
 def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings:
@@ -184,17 +150,29 @@ def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings
     """
     path = Path(explicit.get("out", Settings.out)) / "config.json"
     if resume and path.is_file():
-        return replace(read_settings(path), **explicit)
+        began = read_settings(path)
+        if "model" not in explicit:
+            refuse_code(began.model, path)
+        return replace(began, **explicit)
     name = explicit.get("preset")
     if name is None and explicit.get("dataset", "digits") == "digits":
         name = "digits"
     if name is not None and name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return Settings(**{**PRESETS.get(name or "", {}), **explicit, "preset": name})
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {shortened(name)}")
+    settings = Settings(**{**PRESETS.get(name or "", {}), **explicit, "preset": name})
+    known = settings_of(settings.objective)
+    for name in explicit.keys() - known:
+        others = [other for other in OBJECTIVES if name in settings_of(other)]
+        if others:
+            raise ValueError(
+                f"{name} is no setting of the objective {settings.objective}, but of {', '.join(others)}: leave it "
+                "out, or choose another --objective"
+            )
+    return settings
 
 
 def read_settings(path: Path, *, resume: bool = True) -> Settings:
-    """Read the `config.json` of a run, which is not trusted: every value is checked, and the model is a bundled one.
+    """Read the `config.json` of a run, which is not trusted: every value is checked, and no code runs at its word.
 
     Args:
         path: of the file.
@@ -212,8 +190,20 @@ def read_settings(path: Path, *, resume: bool = True) -> Settings:
         what = f"lacks {lacking[0]}" if lacking else f"has {shortened(unknown[0])}, which no run has"
         raise ValueError(f"{path} does not hold the settings of a run: it {what}")
     try:
-        # Runs from before `h_unit` had L2 lengths.
-        found = Settings(**{name: value for name, value in {"h_unit": "l2", **content}.items() if name in known})
+        found = Settings(**{name: value for name, value in content.items() if name in known})
     except ValueError as error:
         raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
     return replace(found, eps=tuple(found.eps))
+
+
+def refuse_code(model: object, path: Path) -> None:
+    """Check that the model which the file of a run names is a bundled one: a file is not to run code.
+
+    Raises:
+        ValueError: for a function.
+    """
+    if isinstance(model, str) and model not in MODELS:
+        raise ValueError(
+            f"{path} names the model {shortened(model)}, and only {', '.join(MODELS)} are made at a file's word: give "
+            "it again as --model (of finetune, evaluate and analyze)"
+        )

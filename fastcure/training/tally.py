@@ -31,8 +31,8 @@ class Tally:
     """Numbers that a step adds to without waiting for the device; to read them is to wait.
 
     Attributes:
-        numbers: float64 (9,): sums over images of loss, penalty, right answers and 1; the count of steps that were not
-            finite; of the first of them index, mean loss, mean penalty and norm of the gradient.
+        numbers: float64 (9,): sums over images of loss, penalty, correct answers and 1; the count of steps that were
+            not finite; of the first of them index, mean loss, mean penalty and norm of the gradient.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,5 +66,5 @@ class Tally:
     def result(self) -> EpochResult:
         """Divide the sums by the number of images."""
         numbers = self.numbers.tolist()
-        loss, penalty, right = (total / (numbers[3] or 1.0) for total in numbers[:3])
-        return EpochResult(loss, penalty, right, int(numbers[4]))
+        loss, penalty, correct = (total / (numbers[3] or 1.0) for total in numbers[:3])
+        return EpochResult(loss, penalty, correct, int(numbers[4]))

@@ -24,7 +24,7 @@ def track_row(model: nn.Module, x: Tensor, y: Tensor, epoch: int, seed: int) -> 
         model: the network.
         x: uint8 `(N, C, H, W)`.
         y: labels.
-        epoch: epochs of CURE behind.
+        epoch: epochs of fine-tuning behind.
         seed: of the probes and the attack.
     """
     images, generator = x.float() / 255, torch.Generator().manual_seed(seed)

@@ -77,7 +77,7 @@ def test_what_befalls_one_of_two_is_answered_by_both(tmp_path: Path) -> None:
     assert found["memory"][0][1].count("memory ran out") == 1
     assert "(--microbatch 5)" in found["memory"][0][1]
     for _, _, error in found["stop"]:
-        assert "batch 2 of 3 in epoch 2 of cure had loss nan" in error
+        assert "batch 2 of 3 in epoch 2 of finetune had loss nan" in error
     assert "skipped 1 of 3 steps" in found["skip"][0][1]
     for _, _, error in found["taken"]:
         assert "which another run uses" in error

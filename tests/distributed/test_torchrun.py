@@ -124,4 +124,4 @@ def test_a_process_that_fails_leaves_no_other_waiting(tmp_path: Path, failing: i
     done = start([*TORCHRUN, str(script), *flags])
     assert done.returncode == 1  # torchrun's own
     assert "fastcure: error: the data are not on this host" in done.stderr
-    assert str(Path("fastcure") / "cli.py") not in done.stderr  # in a traceback
+    assert str(Path("fastcure") / "cli") not in done.stderr  # in a traceback

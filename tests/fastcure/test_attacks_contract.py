@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastcure.analysis import accuracy_curve, loss_surface
 from fastcure.attacks import autoattack, deepfool, fgsm, margin_loss, pgd, spsa
-from fastcure.evaluation.accuracy import accuracy, right
+from fastcure.evaluation.accuracy import accuracy, correct
 from fastcure.evaluation.checklist import masking_checklist
 from fastcure.models import Normalize
 
@@ -39,7 +39,7 @@ USERS: dict[str, Run] = {
     "checklist": partial(masking_checklist, eps=0.1, steps=2, samples=2),
     "surface": partial(loss_surface, points=3),
 }
-ACCURACIES: dict[str, Run] = {"accuracy": accuracy, "right": right}
+ACCURACIES: dict[str, Run] = {"accuracy": accuracy, "correct": correct}
 
 
 def each(*groups: dict[str, Run]) -> pytest.MarkDecorator:
@@ -347,7 +347,7 @@ def test_an_output_that_is_no_number_counts_as_wrong(value: float) -> None:
     assert 0 < hit.sum() < 12
     broken = Broken(model, value, 1)
     wanted = (model(x).argmax(1) == y) & ~hit
-    assert torch.equal(right(broken, x, y), wanted)
+    assert torch.equal(correct(broken, x, y), wanted)
     with pytest.raises(FloatingPointError, match=f"outputs of {int(hit.sum())} of 12 images"):
         accuracy(broken, x, y, batch_size=5)
 

@@ -67,8 +67,8 @@ BASES = {
 }
 OPTIONS = {
     "finetune": "dataset data-dir model checkpoint preset pretrain-epochs pretrain-lr epochs batch-size microbatch lr "
-    "gamma h h-unit power batch-stats loss-at fraction engine non-finite eps validation track device amp seed limit "
-    "out",
+    "objective optimizer momentum weight-decay label-smoothing clip ema gamma h h-unit power batch-stats loss-at "
+    "fraction engine train-eps steps non-finite eps validation track device amp seed limit out",
     "evaluate": "run model checkpoint twin mean std dataset data-dir limit batch-size device seed out eps steps "
     "restarts",
     "analyze": "run model checkpoint twin mean std dataset data-dir limit batch-size device seed out h probes extremes",

@@ -28,7 +28,7 @@ def test_imports_torch_and_numpy_only() -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "", "npz:", "hf", "CIFAR10", "digits:x"])
 def test_unknown_name_lists_the_known(name: str) -> None:
-    with pytest.raises(ValueError, match=r"known are digits, fashion-mnist, svhn, cifar10, npz:PATH, hf:OWNER"):
+    with pytest.raises(ValueError, match=r"must be one of digits, fashion-mnist, svhn, cifar10, npz:PATH, hf:OWNER"):
         load(name)
 
 

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import document_blocks
 import pytest
+from fastcure.data import ADDRESSES, DATASETS
+from fastcure.models import MODELS
+from fastcure.models.loading import FUNCTION
+from fastcure.objectives import OBJECTIVES
+from fastcure.training.optimizer import OPTIMIZERS
+from fastcure.training.presets import PRESETS
 from robustness_summary import overview, summary
 from robustness_table import Table
 
@@ -45,6 +51,24 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     path = os.pathsep.join(part for part in sys.path if part)
     command = [sys.executable, "-W", "error", str(Path(document_blocks.__file__)), str(page)]
     subprocess.run(command, check=True, env={**os.environ, **group, "PYTHONPATH": path}, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--objective", {*OBJECTIVES}),
+        ("--dataset", {*DATASETS, *ADDRESSES}),
+        ("--model", {*MODELS, FUNCTION}),
+        ("preset", {*PRESETS}),
+        ("option", {f"--optimizer {next(iter(OPTIMIZERS))}", *list(OPTIMIZERS)[1:]}),
+    ],
+)
+def test_tables_name_every_choice(option: str, names: set[str]) -> None:
+    """One entry more in a registry wants a row more."""
+    page = (TESTS.parent / "docs" / "commands.md").read_text()
+    (found,) = re.findall(rf"^\\| `?{option}`? \\| .*\n\\| --- .*\n((?:\\|.*\n)+)", page, re.MULTILINE)
+    rows = [set(re.findall("`([^`]+)`", row.split("|")[1])) for row in found.splitlines()]
+    assert names == (rows[0] if option == "option" else set().union(*rows))
 
 
 def test_the_readme_is_short() -> None:

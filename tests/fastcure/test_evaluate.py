@@ -213,7 +213,7 @@ def test_a_run_s_folder_runs_no_code(place: Place, capsys: pytest.CaptureFixture
     assert error.count("\n") == 1
     assert "hostile_networks:build" in error
     if command in ("evaluate", "analyze"):
-        assert "give your own as --model package.module:function" in error
+        assert "give it again as --model" in error
 
 
 def test_a_network_of_ones_own_for_a_run_is_the_user_s_word(place: Place) -> None:
@@ -282,9 +282,9 @@ OUT = ["--model", "outside_networks:network", "--dataset", "npz:data.npz"]
         (["--run", "run", "--steps", "0"], "steps must be >= 1, got 0"),
         (["--run", "run", "--limit", "0"], "limit must be >= 1, got 0"),
         (["--run", "run", "--device", "abacus"], "device must be auto, cpu, cuda"),
-        (["--run", "run", "--dataset", "mnist"], "unknown dataset 'mnist'"),
+        (["--run", "run", "--dataset", "mnist"], "dataset must be one of digits"),
         (["--model", "resnet8", "--dataset", "npz:data.npz"], "resnet8 has random weights without --checkpoint"),
-        ([*OUT[2:], "--model", "vgg"], "wide_resnet28_10 or package.module:function, got 'vgg'"),
+        ([*OUT[2:], "--model", "vgg"], "wide_resnet28_10, package.module:function, got 'vgg'"),
         ([*OUT[2:], "--model", "outside_networks:"], "package.module:function, got 'outside_networks:'"),
         ([*OUT[2:], "--model", "nowhere:network"], "model nowhere:network cannot be made: ModuleNotFoundError"),
         ([*OUT[2:], "--model", "outside_networks:vgg"], "cannot be made: AttributeError"),

@@ -17,14 +17,14 @@ from fastcure.training.curves import draw_curves
 HOSTILE = ["d$^$", "$\\frac{1}{$", "a_b^{c} \\alpha_{ 50 % & #1 ~"]
 HISTORY = [
     {"phase": "pretrain", "clean": 0.5, "pgd": 0.1, "penalty": 0.0, "loss": 1.0},
-    {"phase": "cure", "clean": 0.6, "pgd": 0.2, "penalty": 0.1, "loss": 0.9},
+    {"phase": "finetune", "clean": 0.6, "pgd": 0.2, "penalty": 0.1, "loss": 0.9},
 ]
 METRICS: Any = {name: {"clean": 0.7, "pgd": {"0.1": 0.2}} for name in ("before", "after")}
 
 
 def title_of_curves(name: str) -> bytes:
     file = io.BytesIO()
-    draw_curves(HISTORY, METRICS, file, name, 128)
+    draw_curves(HISTORY, METRICS, file, name, 128, "CURE")
     return file.getvalue()
 
 

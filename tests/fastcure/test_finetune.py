@@ -81,7 +81,7 @@ def test_the_folder_holds_what_is_promised(run: Path, npz: Path) -> None:
         assert side["pgd"]["0.1"] <= side["pgd"]["0.0313725"] <= side["clean"]
     rows = history(run)
     assert [(row["phase"], row["epoch"]) for row in rows] == [
-        ("pretrain", "1"), ("pretrain", "2"), ("cure", "1"), ("cure", "2")
+        ("pretrain", "1"), ("pretrain", "2"), ("finetune", "1"), ("finetune", "2")
     ]  # fmt: skip
     assert read(run, "config.json")["gamma"] == "0.1"
     assert read(run, "environment.json")["images"] == {"train": 43, "validation": 5, "test": 24}
@@ -171,7 +171,7 @@ def test_a_checkpoint_takes_the_place_of_normal_training(
     assert capsys.readouterr().out.count(f"checkpoint {path}: took 'state_dict'") == (suffix == ".pth")
     assert (tmp_path / "out" / "original.safetensors").read_bytes() == (run / "original.safetensors").read_bytes()
     assert read(tmp_path / "out", "metrics.json")["before"] == read(run, "metrics.json")["before"]
-    assert {row["phase"] for row in history(tmp_path / "out")} == {"cure"}
+    assert {row["phase"] for row in history(tmp_path / "out")} == {"finetune"}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,10 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--batch-size", "0"], "batch_size must be >= 1"),
         (["--validation", "0"], "validation must be >= 1, got 0"),
         (["--validation", "48"], "validation must leave images to train on, got 48 of the 48 training images"),
-        (["--model", "vgg"], "model must be one of resnet8, resnet18, wide_resnet28_10, got 'vgg'"),
+        (
+            ["--model", "vgg"],
+            "model must be one of resnet8, resnet18, wide_resnet28_10, package.module:function, got 'vgg'",
+        ),
         (["--engine", "fast"], "engine must be one of auto"),
         (
             ["--engine", "cuda_graph", "--device", "cpu"],
@@ -230,14 +233,33 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--loss-at", "fgsm"], "loss_at must be one of x, step, got 'fgsm'"),
         (["--loss-at", "step", "--batch-stats", "split"], "loss_at='step' must have batch_stats 'frozen' or 'train'"),
         (["--fraction", "0"], "fraction must be in (0, 1], 1 for a penalty on every sample, got 0"),
-        (["--h-unit", "px"], "h_unit must be one of l2, eps, got 'px'"),
+        (["--h-unit", "px"], "h_unit must be one of eps, l2, got 'px'"),
         (["--batch-stats", "train", "--microbatch", "8"], "microbatch must be None with batch_stats='train'"),
         (["--batch-stats", "train", "--engine", "compile"], "batch_stats='train' must have an engine among"),
         (["--eps", "2"], "eps must be radii in (0, 1]"),
+        (
+            ["--objective", "trade"],
+            "objective must be one of cure, standard, input-gradient, fgsm, fgsm-rs, pgd, trades",
+        ),
+        (["--optimizer", "lion"], "optimizer must be one of adam, adamw, sgd, got 'lion'"),
+        (["--momentum", "1"], "momentum must be in [0, 1), got 1"),
+        (["--weight-decay", "-1"], "weight_decay must be >= 0, got -1"),
+        (["--label-smoothing", "1"], "label smoothing must be in [0, 1), got 1"),
+        (["--clip", "0"], "clip must be > 0, got 0"),
+        (["--ema", "1"], "ema must be in (0, 1), such as 0.999, got 1"),
+        (["--objective", "pgd", "--gamma", "1"], "gamma is no setting of the objective pgd, but of cure, input-grad"),
+        (["--train-eps", "0.1"], "train_eps is no setting of the objective cure, but of fgsm, fgsm-rs, pgd, trades"),
+        (["--objective", "pgd", "--train-eps", "0:2"], "train_eps must be <= 1, got 0:2"),
+        (["--objective", "pgd", "--steps", "0"], "steps must be >= 1, got 0"),
+        (["--objective", "standard", "--batch-stats", "split"], "batch_stats must be 'train' or 'frozen' for Standard"),
+        (["--lr", "onecycle:-1"], "lr must be onecycle:PEAK with a peak > 0, such as onecycle:1e-2"),
         (["--preset", "best"], "preset must be one of digits, fast, strong, svhn-paper, got 'best'"),
         (["--device", "abacus"], "device must be auto, cpu, cuda"),
         (["--checkpoint", "nowhere.safetensors"], "checkpoint nowhere.safetensors does not exist"),
-        (["--dataset", "mnist"], "unknown dataset 'mnist'; known are digits, fashion-mnist, svhn, cifar10, npz:PATH"),
+        (
+            ["--dataset", "mnist"],
+            "dataset must be one of digits, fashion-mnist, svhn, cifar10, npz:PATH, hf:OWNER/NAME, got 'mnist'",
+        ),
         (["--dataset", "svhn", "--data-dir", "nowhere"], "train_32x32.mat"),
         (["--dataset", "npz:nowhere.npz"], "nowhere.npz"),
     ],

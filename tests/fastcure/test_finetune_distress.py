@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastcure.training.run as run_module
 from fastcure import CURE
 from fastcure.models import resnet8
+from fastcure.objectives import Standard
 from fastcure.objectives.cure import CUREOutput
-from fastcure.training.epoch import Normal, train_steps
-from fastcure.training.optimizer import adam
+from fastcure.training.epoch import train_steps
+from fastcure.training.optimizer import make_optimizer
 from fastcure.training.ranks import Ranks
 from fastcure.training.run import Run
 from fastcure.training.schedule import parse_schedule
@@ -108,7 +109,7 @@ def test_the_first_step_that_is_not_finite_stops_the_run(
         poison(patch, lambda step, _: step in (5, 6), kind)
         assert finetune(npz, out) == 1
     error = capsys.readouterr().err
-    assert error.startswith("fastcure: error: batch 2 of 3 in epoch 2 of cure had loss ")
+    assert error.startswith("fastcure: error: batch 2 of 3 in epoch 2 of finetune had loss ")
     assert values in error
     assert error.endswith("lower --lr or --gamma, or let gamma climb from 0; or leave such batches out, by --resume "
                           "--non-finite skip\n")  # fmt: skip
@@ -167,11 +168,11 @@ def test_an_epoch_of_nothing_else_stops_the_run(
     poison(monkeypatch, lambda step, _: step > 3)
     assert finetune(npz, tmp_path / "out", "--non-finite", "skip") == 1
     error = capsys.readouterr().err
-    assert "batch 1 of 3 in epoch 2 of cure had loss nan" in error
+    assert "batch 1 of 3 in epoch 2 of finetune had loss nan" in error
     assert "and all others of the epoch were skipped like it" in error
 
 
-@pytest.mark.parametrize("objective", [Normal, CURE, "split"])
+@pytest.mark.parametrize("objective", [Standard, CURE, "split"])
 def test_a_skipped_step_leaves_no_trace(objective: Any) -> None:
     torch.manual_seed(0)
     first = resnet8(classes=3)
@@ -181,7 +182,7 @@ def test_a_skipped_step_leaves_no_trace(objective: Any) -> None:
     for batches in ([0, 1, 2], [0, 2]):
         model = copy.deepcopy(first)
         wrapped = CURE(model, batch_stats="split") if objective == "split" else objective(model)
-        optimizer, tally = adam(model), Tally(torch.device("cpu"))
+        optimizer, tally = make_optimizer(model.parameters()), Tally(torch.device("cpu"))
         work = [(i, 0.0, (x[i] * (torch.nan if i == 1 else 1), y[i])) for i in batches]
         list(train_steps(wrapped, work, optimizer, schedules, tally, Ranks(torch.device("cpu"))))
         found.append([*model.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())])
@@ -201,10 +202,10 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Plain(Normal):
+class Plain(Standard):
     """Without the look at the labels, which is for the CPU alone."""
 
-    def forward(self, x: Tensor, y: Tensor) -> CUREOutput:
+    def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> CUREOutput:
         logits = self.model(x)
         loss = nn.functional.cross_entropy(logits, y)
         return CUREOutput(loss, loss, torch.zeros(()), logits)
@@ -216,7 +217,16 @@ def test_no_step_reads_a_value() -> None:
     model, tally, cpu = resnet8(classes=3), Tally(torch.device("cpu")), torch.device("cpu")
     with Reads() as reads:
         work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
-        list(train_steps(Plain(model), work, adam(model), {"lr": parse_schedule("lr", "1", 1)}, tally, Ranks(cpu)))
+        list(
+            train_steps(
+                Plain(model),
+                work,
+                make_optimizer(model.parameters()),
+                {"lr": parse_schedule("lr", "1", 1)},
+                tally,
+                Ranks(cpu),
+            )
+        )
         assert reads.count == 0
         assert bool(tally.numbers[4] == 1)
         assert reads.count == 1
@@ -250,7 +260,7 @@ def test_the_step_is_repeated_on_fewer_images_at_a_time(
     limit_memory(monkeypatch, 6, allocate)
     assert finetune(npz, tmp_path / "found") == 0
     printed = capsys.readouterr().out
-    assert printed.count("memory ran out in step 1 of epoch 1 of cure") == printed.count("memory ran out") == 1
+    assert printed.count("memory ran out in step 1 of epoch 1 of finetune") == printed.count("memory ran out") == 1
     assert "(--microbatch 5)" in printed  # 20, 10, 5
     assert finetune(npz, tmp_path / "given", "--microbatch", "5") == 0
     for name in ("original.safetensors", "model.safetensors"):
@@ -267,7 +277,7 @@ def test_a_repeated_step_leaves_no_trace_of_the_first_try(monkeypatch: pytest.Mo
     found = []
     for microbatch in (None, 2):
         model = copy.deepcopy(first)
-        cure, optimizer = CURE(model, batch_stats="split", microbatch=microbatch), adam(model)
+        cure, optimizer = CURE(model, batch_stats="split", microbatch=microbatch), make_optimizer(model.parameters())
         torch.manual_seed(1)  # of dropout
         work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
         list(train_steps(cure, work, optimizer, schedules, Tally(torch.device("cpu")), Ranks(torch.device("cpu"))))
@@ -314,21 +324,21 @@ def test_without_memory_for_one_image_it_is_an_error(
     assert "a step of CURE, even with the penalty on one image at a time: lower --batch-size" in error
 
 
-def test_normal_training_needs_the_whole_batch(
+def test_standard_training_needs_the_whole_batch(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Normal, "forward", lambda *_: run_out())
+    monkeypatch.setattr(Standard, "forward", lambda *_: run_out())
     assert finetune(npz, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "a step on 20 images, which batch norms" in error
+    assert "a step of standard training on 20 images, which it takes together" in error
     assert "lower --batch-size" in error
 
 
 def test_memory_that_runs_out_elsewhere_is_one_line_too(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run_module, "adam", lambda *_: run_out())
+    monkeypatch.setattr(run_module, "make_optimizer", lambda *_: run_out())
     assert finetune(npz, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

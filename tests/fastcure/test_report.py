@@ -174,7 +174,7 @@ def test_an_analysis(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     assert main(["analyze", *flags]) == 0
     networks = json.loads((tmp_path / "analysis.json").read_text())["networks"]
-    assert list(networks) == ["before CURE", "after CURE"]
+    assert list(networks) == ["before fine-tuning", "after fine-tuning"]
     for network in networks.values():
         assert network["frobenius"]["mean"] > 0
         assert len(network["largest"]) == len(network["smallest"]) == 5
@@ -188,7 +188,7 @@ def test_the_seed_of_an_analysis_is_that_of_its_probes(runs: Path, tmp_path: Pat
         out = tmp_path / f"{index}.json"
         flags = ["--run", str(runs / "plain"), "--limit", "24", "--probes", "3", "--extremes", "1", "--out", str(out)]
         assert main(["analyze", *flags, "--seed", seed]) == 0
-        found.append(json.loads(out.read_text())["networks"]["after CURE"])
+        found.append(json.loads(out.read_text())["networks"]["after fine-tuning"])
     assert found[0] == found[1]
     assert found[0]["frobenius"] != found[2]["frobenius"]
     assert found[0]["along_z"] == found[2]["along_z"]  # of the same images: nothing in it is random

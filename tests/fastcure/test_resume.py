@@ -108,7 +108,7 @@ def test_a_finished_run_stays_as_it_is(npz: Path, whole: Path, capsys: pytest.Ca
 
 def test_settings_need_not_be_given_again(half: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--out", str(half), "--resume"]) == 0
-    assert "resuming after 1 epochs and 2 steps of cure" in capsys.readouterr().out
+    assert "resuming after 1 epochs and 2 steps of finetune" in capsys.readouterr().out
     check_equal(half, whole)
 
 

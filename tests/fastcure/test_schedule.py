@@ -1,6 +1,7 @@
 """Schedules: what they say at each moment, and what is refused."""
 
 import pytest
+import torch
 
 from fastcure.training.schedule import parse_schedule
 
@@ -14,11 +15,24 @@ from fastcure.training.schedule import parse_schedule
         ("0:4x5, 4", 10, {0: 0, 2.5: 2, 5: 4, 10: 4}),
         ("1e-3:1e-5", 10, {0: 1e-3, 5: 5.05e-4, 10: 1e-5}),
         ("1:0", 0, {0: 0}),
+        ("onecycle:5", 10, {0: 0.2, 3: 5, 10: 0.2 / 1e4}),
     ],
 )
 def test_values(text: str, epochs: int, values: dict[float, float]) -> None:
     schedule = parse_schedule("gamma", text, epochs)
     assert {epoch: schedule.at(epoch) for epoch in values} == pytest.approx(values)
+
+
+def test_one_cycle_is_torchs() -> None:
+    steps, epochs = 1000, 10
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    wanted = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
+    schedule = parse_schedule("lr", "onecycle:0.01", epochs)
+    for step in range(steps):
+        # torch ends each half with its last step, we with the first of the next.
+        assert schedule.at(step / steps * epochs) == pytest.approx(wanted.get_last_lr()[0], abs=0.01 * 6 / steps)
+        optimizer.step()
+        wanted.step()
 
 
 @pytest.mark.parametrize(
@@ -31,6 +45,7 @@ def test_values(text: str, epochs: int, values: dict[float, float]) -> None:
         ("-1", "gamma must be finite and >= 0 throughout, got '-1'"),
         ("nan", "finite"),
         ("4x5,8x4", "gamma must last the run's 10 epochs, got 9"),
+        ("onecycle:", "gamma must be onecycle:PEAK with a peak > 0, .* got 'onecycle:'"),
         ("4x11,8", "gamma must be finite and >= 0|gamma must last"),
     ],
 )
