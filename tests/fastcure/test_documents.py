@@ -8,14 +8,16 @@ from pathlib import Path
 
 import document_blocks
 import pytest
+from robustness_summary import overview, summary
+from robustness_table import Table
+
 from fastcure.data import ADDRESSES, DATASETS
+from fastcure.engines import ENGINES
 from fastcure.models import MODELS
 from fastcure.models.loading import FUNCTION
 from fastcure.objectives import OBJECTIVES
 from fastcure.training.optimizer import OPTIMIZERS
 from fastcure.training.presets import PRESETS
-from robustness_summary import overview, summary
-from robustness_table import Table
 
 TESTS = Path(__file__).parents[1]
 RESULTS = TESTS.parent / "benchmarks" / "results"
@@ -53,22 +55,28 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     subprocess.run(command, check=True, env={**os.environ, **group, "PYTHONPATH": path}, timeout=240)
 
 
-@pytest.mark.parametrize(
-    ("option", "names"),
-    [
-        ("--objective", {*OBJECTIVES}),
-        ("--dataset", {*DATASETS, *ADDRESSES}),
-        ("--model", {*MODELS, FUNCTION}),
-        ("preset", {*PRESETS}),
-        ("option", {f"--optimizer {next(iter(OPTIMIZERS))}", *list(OPTIMIZERS)[1:]}),
-    ],
-)
-def test_tables_name_every_choice(option: str, names: set[str]) -> None:
-    """One entry more in a registry wants a row more."""
-    page = (TESTS.parent / "docs" / "commands.md").read_text()
-    (found,) = re.findall(rf"^\\| `?{option}`? \\| .*\n\\| --- .*\n((?:\\|.*\n)+)", page, re.MULTILINE)
-    rows = [set(re.findall("`([^`]+)`", row.split("|")[1])) for row in found.splitlines()]
-    assert names == (rows[0] if option == "option" else set().union(*rows))
+CHOICES: dict[tuple[str, str], set[str]] = {
+    ("commands", "`--objective`"): {*OBJECTIVES},
+    ("commands", "`--dataset`"): {*DATASETS, *ADDRESSES},
+    ("commands", "`--model`"): {*MODELS, FUNCTION},
+    ("commands", "preset"): {*PRESETS},
+    ("recipes/own-loop", "`engine=`"): {f'"{name}"' for name in ENGINES},
+}
+"""Page and head of a table -> what its first column names."""
+
+
+@pytest.mark.parametrize(("page", "head"), CHOICES)
+def test_tables_name_every_choice(page: str, head: str) -> None:
+    """An entry in a registry needs its row."""
+    text = (TESTS.parent / "docs" / f"{page}.md").read_text()
+    (found,) = re.findall(rf"^\| {head} \| .*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = (row.split("|")[1] for row in found.splitlines())
+    assert {name for row in rows for name in re.findall("`([^`]+)`", row)} == CHOICES[page, head]
+
+
+def test_every_optimizer_is_named() -> None:
+    names = ", ".join(f"`{name}`" for name in OPTIMIZERS).replace("`", "`--optimizer ", 1)
+    assert f"| {names} |" in (TESTS.parent / "docs" / "commands.md").read_text()
 
 
 def test_the_readme_is_short() -> None:
