@@ -1,7 +1,7 @@
 """Each kernel: bytes moved over time on the device, as a share of what a copy there reaches in the same run.
 
-Beside it stands its twin in plain PyTorch, eager and under torch.compile; on a CPU only the twins run. A
-kernel whose results are not the twin's is not timed.
+Beside it stands its reference implementation in PyTorch, eager and under torch.compile, which alone runs on a CPU.
+A kernel is timed only after its results match the reference.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def test_kernels(benchmark: pytest.FixtureRequest, name: str, dtype: torch.dtype
     to = torch.empty_like(operands[0])
     works: dict[str, Callable[[], Any]] = {"copy": partial(to.copy_, operands[0])}
     if DEVICE.type == "cuda":
-        ours, twin = (on(which, case.run, *operands) for which in ("triton", "torch"))
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, twin)), strict=True):
+        ours, reference = (on(which, case.run, *operands) for which in ("triton", "torch"))
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, reference)), strict=True):
             error = float((a.double() - b.double()).norm() / b.double().norm())
             assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"{name} is off by {error:.1e}: it is not timed"
         works["triton"] = partial(on, "triton", case.run, *operands)

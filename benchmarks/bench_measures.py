@@ -40,7 +40,7 @@ def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
     model, x, y = workload.build()
     plain = models.build(workload.model).to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     other, x_other, _ = workload._replace(channels_last=False).build()
-    eager, oracle, train = cure("eager"), cure("reference"), cure("eager", "train")
+    eager, reference, train = cure("eager"), cure("reference"), cure("eager", "train")
 
     def without_rules(model: nn.Module, x: Tensor, y: Tensor) -> None:
         with torchs("convolution"):
@@ -60,7 +60,7 @@ def test_measures(benchmark: pytest.FixtureRequest, workload: Workload) -> None:
         "without folding and fusing": partial(work, eager, plain, x),
         "without our rules of convolutions": partial(work, without_rules, model, x),
         "contiguous, not channels_last": partial(work, eager, other, x_other),
-        "none shared: the oracle": partial(work, oracle, plain, x),
+        "none shared: the reference": partial(work, reference, plain, x),
         "all, batch norms in training mode": partial(work, train, model, x),
         "so, without our rule of batch norms": partial(work, train_without_rule, model, x),
     }

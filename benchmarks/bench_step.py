@@ -32,7 +32,7 @@ def contenders(workload: Workload) -> dict[str, Step]:
 
 
 def check(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> None:
-    """Raise unless the gradients of an engine are the oracle's, but for kinks that rounding crosses."""
+    """Raise unless the gradients of an engine are the reference's, but for kinks that rounding crosses."""
     z = kernels.direction(torch.randn_like(x))  # one of its own, for entries of g near 0 have the sign of rounding
     gradients = []
     with without_tf32():

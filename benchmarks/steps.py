@@ -39,7 +39,7 @@ def compiled_standard() -> Step:
     return step
 
 
-def cure(engine: str = "auto", batch_stats: str = "frozen", **options: Any) -> Step:
+def cure(engine: str = "eager", batch_stats: str = "frozen", **options: Any) -> Step:
     """Return a step of ours; `options` as in `fastcure.CURE`."""
 
     def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -92,12 +92,11 @@ def adversarial(steps: int, step_size: float | None = None) -> Step:
 
 STEPS: dict[str, Step] = {
     "standard": standard,
-    "cure, auto (ours)": cure(),
     "cure, split (ours)": cure("eager", "split"),
     "cure, train (ours)": cure("eager", "train"),
     "cure, 1/4 (ours)": cure("eager", fraction=0.25),
     "cure, 1/4, at FGSM (ours)": cure("eager", fraction=0.25, loss_at="step"),
-    "cure, oracle": cure("reference"),
+    "cure, reference": cure("reference"),
     "cure, published schedule": published,
     "fgsm-rs": adversarial(1, step_size=10 / 255),
     "pgd-7": adversarial(7),

@@ -61,7 +61,7 @@ def curvature(
         loss_fn: `(logits, y) -> (B,)`; if it is a module, its parameters are trained too.
         power: 2 for the squared norm of the paper's equations, 1 for the norm of its published code.
         engine: "auto", "eager", "compile", "cuda_graph", "first_order" (an estimator, for models without second
-            derivatives) or "reference" (the oracle); see `fastcure.engines`.
+            derivatives) or "reference" (the definitions, one by one); see `fastcure.engines`.
         batch_stats: "frozen" runs everything in evaluation mode and changes no buffer. "split", the published
             code's way, takes loss and logits from one forward with every module's flag as it stands, which updates
             buffers once and costs 3 forward passes more; the penalty stays in evaluation mode. "train" has batch norms

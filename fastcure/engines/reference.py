@@ -1,4 +1,4 @@
-"""The oracle of `fastcure.reference` behind the interface of an engine."""
+"""The reference implementation, `fastcure.reference`, behind the interface of an engine."""
 
 from __future__ import annotations
 

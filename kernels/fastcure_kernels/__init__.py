@@ -1,4 +1,4 @@
-"""Fused operators of fastcure, each a Triton kernel with a plain-PyTorch twin."""
+"""Fused operators of fastcure, each a Triton kernel with a reference implementation in PyTorch."""
 
 from .bias_relu import bias_relu
 from .difference_sqnorm import difference_sqnorm

@@ -1,4 +1,4 @@
-"""Choice of backend: the Triton kernels or their plain-PyTorch twins."""
+"""Choice of backend: the Triton kernels or their reference implementations in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def use_triton(x: Tensor) -> bool:
     """Whether an operator on `x` runs as a Triton kernel.
 
     The environment variable `FASTCURE_BACKEND` decides, at each call: `auto` (the default) takes Triton for
-    CUDA and ROCm tensors where it is installed, `torch` the plain-PyTorch twin, `triton` the kernel anyway.
+    CUDA and ROCm tensors where it is installed, `torch` the reference implementation, `triton` the kernel anyway.
 
     Raises:
         ValueError: `FASTCURE_BACKEND` is none of the three.

@@ -153,7 +153,7 @@ class _MaskedSum(torch.autograd.Function):
 
 
 def _bias_relu_torch(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """The plain-PyTorch twin, differentiable by itself."""
+    """The reference implementation, differentiable by itself."""
     total = x
     if bias is not None:
         total = (x + bias.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)

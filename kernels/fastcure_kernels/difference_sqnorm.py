@@ -130,7 +130,7 @@ _difference_sqnorm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _difference_sqnorm_torch(a: Tensor, b: Tensor) -> Tensor:
-    """The plain-PyTorch twin, differentiable by itself."""
+    """The reference implementation, differentiable by itself."""
     dtype = accumulation_dtype(a, b)
     return sum_samples((a.to(dtype) - b.to(dtype)).square())
 

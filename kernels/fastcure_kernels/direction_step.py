@@ -98,7 +98,7 @@ def direction(grad: Tensor) -> Tensor:
 
 
 def _direction_step_torch(x: Tensor, grad: Tensor, h: Tensor) -> Tensor:
-    """The plain-PyTorch twin."""
+    """The reference implementation."""
     step = broadcast(h, x) * direction(grad.to(h.dtype))
     return torch.empty_like(x).copy_(x.to(h.dtype) + step)
 

@@ -28,7 +28,8 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], *args: object, **options: object) -> None:
         """Run the kernel on the device of its first argument; an empty grid runs nothing.
 
-        Products and sums are not contracted: the kernels wait for memory, and so round as their twins do.
+        Products and sums are not contracted, so that kernels round as their reference implementations do: they wait
+        for memory in any case.
         """
         if 0 in grid:
             return

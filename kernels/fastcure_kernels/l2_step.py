@@ -5,7 +5,7 @@ Two norms come before the first result, so a program passes over its sample thre
 bytes an element (adv, g, x, the result) where the cache holds the sample, 32 where it does not.
 
 The kernel sums squares in fp64, whose range holds the square of every smaller float: gradients of 1e-30 and
-of 1e+30 need no pass for their largest entry. The twin divides by that entry, as not every device has fp64.
+of 1e+30 need no pass for their largest entry. The reference divides by that entry, as not every device has fp64.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _l2_step_kernel(
         start += BLOCK
     square = tl.sum(squares, 0)
     scale = step / tl.sqrt(tl.where(square == 0, 1.0, square))
-    scale = tl.where(square == float("inf"), float("nan"), scale)  # as in the twin
+    scale = tl.where(square == float("inf"), float("nan"), scale)  # as in the reference
 
     squares = tl.zeros((BLOCK,), tl.float64)
     start = 0
@@ -114,7 +114,7 @@ def _scaled(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _l2_step_torch(
     adv: Tensor, grad: Tensor, x: Tensor, step_size: Tensor, eps: Tensor, lower: float, upper: float
 ) -> Tensor:
-    """The plain-PyTorch twin."""
+    """The reference implementation."""
     out = torch.empty_like(adv)
     if out.numel() == 0:  # no largest entry
         return out

@@ -71,7 +71,7 @@ def _(adv: Tensor, grad: Tensor, x: Tensor, step_size: Tensor, eps: Tensor, lowe
 def _linf_step_torch(
     adv: Tensor, grad: Tensor, x: Tensor, step_size: Tensor, eps: Tensor, lower: float, upper: float
 ) -> Tensor:
-    """The plain-PyTorch twin."""
+    """The reference implementation."""
     out = torch.empty_like(adv)
     adv, grad, x = (t.to(eps.dtype) for t in (adv, grad, x))
     sign = torch.where(grad.isnan(), grad, grad.sign())  # torch.sign(NaN) is 0

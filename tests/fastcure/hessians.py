@@ -1,4 +1,4 @@
-"""The input Hessian by first principles: the oracle of the curvature measures."""
+"""The input Hessian by first principles: the reference of the curvature measures."""
 
 import copy
 from collections.abc import Callable

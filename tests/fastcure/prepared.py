@@ -285,7 +285,7 @@ def gradients(case: Case, prepared: bool, **options: Any) -> list[Tensor]:
 
 
 def check_exact(case: Case, tolerance: float = 1e-10, **options: Any) -> None:
-    """Each value and gradient of the prepared network is that of the unprepared one and of the oracle."""
+    """Each value and gradient of the prepared network is that of the unprepared one and of the reference."""
     ours = gradients(case, True, **options)
     for truths in (gradients(case, False, **options), gradients(case, False, engine="reference", **options)):
         scale = max(float(truth.norm()) for truth in truths[3:])

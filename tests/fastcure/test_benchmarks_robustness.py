@@ -66,14 +66,14 @@ def test_a_loss_at_fgsm_is_that_of_the_library(batch: tuple) -> None:
     assert torch.equal(found(model), found(other))
 
 
-def test_in_training_mode_it_is_that_of_the_oracle_and_updates_buffers_once(batch: tuple) -> None:
+def test_in_training_mode_it_is_that_of_the_reference_and_updates_buffers_once(batch: tuple) -> None:
     model, x, y = batch
-    oracle, once = copy.deepcopy(model), copy.deepcopy(model)
+    other, once = copy.deepcopy(model), copy.deepcopy(model)
     once(x)
-    _, loss, penalty = reference.curvature(ModelWithLoss(oracle, cross_entropy), x, y, 1.2)
+    _, loss, penalty = reference.curvature(ModelWithLoss(other, cross_entropy), x, y, 1.2)
     (loss + 0.7 * penalty).mean().backward()
     gradients(model, x, y, Recipe("", "cure", 1, "1"), moment())
-    torch.testing.assert_close(found(model), found(oracle), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found(model), found(other), rtol=1e-3, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), once.buffers(), strict=True))
 
 

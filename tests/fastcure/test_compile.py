@@ -1,4 +1,4 @@
-"""The compiled engine against the oracle, mostly without a code generator: what is compiled is what matters here."""
+"""The compiled engine against the reference, mostly without a code generator: what is compiled is what matters here."""
 
 import gc
 import logging
@@ -42,7 +42,7 @@ def gradients(case: Case, engine: str, **options: object) -> list[Tensor]:
 
 # The root of the squared norm is one operation at the end of the region, whatever the network.
 @pytest.mark.parametrize(("name", "power"), [*((name, 2) for name in NETWORKS), ("mlp-relu", 1)])
-def test_equals_the_oracle(counter: object, name: str, power: int) -> None:
+def test_equals_the_reference(counter: object, name: str, power: int) -> None:
     case = make(NETWORKS[name], 4, seed=0)
     ours, truth = (gradients(case, engine, h=0.7, power=power) for engine in ("compile", "reference"))
     assert relative(ours, truth) < 1e-9

@@ -372,7 +372,7 @@ MAPS = {
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_every_kind_of_convolution_equals_the_oracle(name: str) -> None:
+def test_every_kind_of_convolution_equals_the_reference(name: str) -> None:
     def network() -> nn.Module:
         return nn.Sequential(MAPS[name](), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
 

@@ -1,4 +1,4 @@
-"""The penalty and its gradients against the oracle, and the oracle against first principles."""
+"""The penalty and its gradients against the reference, and the reference against first principles."""
 
 import pytest
 import torch
@@ -25,27 +25,27 @@ def gradients(case: Case, **options: object) -> tuple[Tensor, Tensor, list[Tenso
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_equals_the_oracle_in_fp64(name: str, power: int, batch_stats: str, batch: int) -> None:
+def test_equals_the_reference_in_fp64(name: str, power: int, batch_stats: str, batch: int) -> None:
     case = make(NETWORKS[name], batch, seed=batch)
     if batch == 1 and batch_stats != "frozen":
         case.model.eval()  # batch norm in training mode refuses a single value a channel
     options = {"h": 0.7, "power": power, "batch_stats": batch_stats}
     ours = gradients(case, engine="eager", **options)
     truth = gradients(case, engine="reference", **options)
-    for value, oracle in zip(ours, truth, strict=True):
-        assert relative(value, oracle) < 1e-9
+    for value, wanted in zip(ours, truth, strict=True):
+        assert relative(value, wanted) < 1e-9
 
 
 @every_network
 @pytest.mark.parametrize("fixed_direction", [False, True])
-def test_fp32_stays_near_the_fp64_oracle(name: str, fixed_direction: bool) -> None:
+def test_fp32_stays_near_the_fp64_reference(name: str, fixed_direction: bool) -> None:
     errors = []
     for seed in range(20):
         wide = make(NETWORKS[name], 6, seed)
         z = F.normalize(torch.randn(6, wide.x[0].numel(), dtype=torch.float64)).view_as(wide.x)
         ours = gradients(wide.copy(torch.float32), h=0.7, direction=z.float() if fixed_direction else None)
         truth = gradients(wide, engine="reference", h=0.7, direction=z if fixed_direction else None)
-        error = max(relative(value, oracle) for value, oracle in zip(ours, truth, strict=True))
+        error = max(relative(value, wanted) for value, wanted in zip(ours, truth, strict=True))
         # The longest sums are those of a weight's gradient, over the pixels of the batch.
         errors.append(error / rounding(torch.float32, wide.x.numel(), cancellation(wide, truth[1])))
     # A kink, and where the direction is not given a sign, may fall on the other side.

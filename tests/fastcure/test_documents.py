@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import document_blocks
@@ -101,3 +102,11 @@ def _anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+def test_every_pattern_of_the_mutation_tests_matches_a_file() -> None:
+    root = TESTS.parent
+    parts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mutate"]
+    patterns = [pattern for part in parts.values() for pattern in (*part["sources"], *part["tests"])]
+    assert len(patterns) > 30
+    assert not [pattern for pattern in patterns if not list(root.glob(pattern))]

@@ -26,7 +26,7 @@ def step(case: Case, h: float | Tensor = H, **options: Any) -> tuple[CUREOutput,
     return out, [p.grad for p in model.parameters() if p.grad is not None], model
 
 
-def oracle(case: Case, some: int, h: float | Tensor = H, **options: Any) -> tuple[Tensor, list[Tensor]]:
+def expected(case: Case, some: int, h: float | Tensor = H, **options: Any) -> tuple[Tensor, list[Tensor]]:
     """The definition: the mean loss of all and the mean penalty of the first, by plain double backpropagation."""
     model = case.copy().model.train()
     out = curvature(model, case.x, case.y, h, engine="reference", **options)
@@ -46,7 +46,7 @@ def test_is_the_definition(name: str, loss_at: str, engine: str, monkeypatch: py
     for power, lengths in ((1, H), (2, torch.linspace(0.3, 0.9, 7, dtype=case.x.dtype))):
         options: dict[str, Any] = {"power": power, "loss_at": loss_at}
         out, gradients, _ = step(case, lengths, engine=engine, fraction=0.4, **options)
-        total, wanted = oracle(case, 3, lengths, **options)
+        total, wanted = expected(case, 3, lengths, **options)
         torch.testing.assert_close(out.total, total)
         torch.testing.assert_close(out.logits, case.copy().model.eval()(case.x).detach())
         assert relative(gradients, wanted) < 1e-9
@@ -112,7 +112,7 @@ def test_in_parts(options: dict[str, Any]) -> None:
 def test_the_first_order_engine() -> None:
     case = make(NETWORKS["mlp-softplus"], 6, seed=6)
     _, gradients, _ = step(case, engine="first_order", fraction=0.5)
-    assert relative(gradients, oracle(case, 3)[1]) < 1e-4
+    assert relative(gradients, expected(case, 3)[1]) < 1e-4
 
 
 def test_one_sample_has_a_penalty_at_least() -> None:

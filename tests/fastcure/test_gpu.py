@@ -1,4 +1,4 @@
-"""The penalty and the attacks on a CUDA device, against the float64 oracle on the CPU."""
+"""The penalty and the attacks on a CUDA device, against the float64 reference on the CPU."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"batch_stats": "train"}, {"loss_at": "step"}], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_the_penalty_on_the_device_equals_the_oracle(
+def test_the_penalty_on_the_device_equals_the_reference(
     name: str, dtype: torch.dtype, tolerance: float, options: dict[str, Any]
 ) -> None:
     case = make(NETWORKS[name], 6, seed=0)

@@ -22,13 +22,13 @@ def gradients(case: Case, **options: object) -> tuple[Tensor, Tensor, list[Tenso
 
 @pytest.mark.parametrize("engine", ["auto", "eager", "compile"])
 @pytest.mark.parametrize("name", ["mlp-softplus", "batch_norm-relu-max"])
-def test_equals_the_oracle(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_reference(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "compile", Compile("aot_eager"))
     case = make(NETWORKS[name], 5, seed=1)
     for power in (1, 2):
         ours, truth = (gradients(case, engine=e, power=power) for e in (engine, "reference"))
-        for value, oracle in zip(ours, truth, strict=True):
-            assert relative(value, oracle) < 1e-9
+        for value, wanted in zip(ours, truth, strict=True):
+            assert relative(value, wanted) < 1e-9
 
 
 @pytest.mark.parametrize("batch_stats", ["frozen", "train"])
@@ -48,16 +48,16 @@ def test_the_first_order_engine_takes_it_there_as_well() -> None:
     case = make(NETWORKS["mlp-softplus"], 5, seed=3)
     ours, truth = (gradients(case, engine=engine) for engine in ("first_order", "reference"))
     assert relative(ours[0], truth[0]) < 1e-12
-    for value, oracle in zip(ours[2], truth[2], strict=True):
-        assert relative(value, oracle) < 1e-4
+    for value, wanted in zip(ours[2], truth[2], strict=True):
+        assert relative(value, wanted) < 1e-4
     alone = curvature(*case, h=0.7, loss_at="step", engine="first_order").loss.sum()
     exact = curvature(*case, h=0.7, loss_at="step", engine="reference").loss.sum()
     parameters = list(case.model.parameters())
-    for value, oracle in zip(*(torch.autograd.grad(loss, parameters) for loss in (alone, exact)), strict=True):
-        assert relative(value, oracle) < 1e-12
+    for value, wanted in zip(*(torch.autograd.grad(loss, parameters) for loss in (alone, exact)), strict=True):
+        assert relative(value, wanted) < 1e-12
 
 
-def test_the_oracle_is_the_definition() -> None:
+def test_the_reference_is_the_definition() -> None:
     case = make(NETWORKS["mlp-softplus"], 4, seed=4)
     functional = FunctionalLoss(case.model)
     point = case.x.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""The engines against the oracle on random architectures, shapes, types, memory formats and options."""
+"""The engines against the reference on random architectures, shapes, types, memory formats and options."""
 
 import copy
 from typing import Any, NamedTuple
@@ -94,7 +94,7 @@ def solve(problem: Problem, engine: str, prepared: bool = False, **options: Any)
 
 
 def truth_of(problem: Problem, direction: Tensor) -> tuple[Found, float]:
-    """What the oracle finds, and the norm of all gradients: those of the parameters that are not frozen may be zero."""
+    """The reference, and the norm of all gradients: those of the parameters that are not frozen may be zero."""
     unfrozen = problem._replace(model=copy.deepcopy(problem.model).requires_grad_())
     scale = float(solve(unfrozen, "reference", direction=direction).gradients.double().norm())
     return solve(problem, "reference", direction=direction), scale
@@ -135,14 +135,14 @@ def errors(ours: Found, truth: Found, scale: float) -> list[float]:
 
 
 def check(problem: Problem, engine: str, tolerance: float, prepared: bool = False) -> None:
-    """Compare with the oracle; `tolerance` is that where d is as long as g."""
+    """Compare with the reference; `tolerance` is that where d is as long as g."""
     z, condition = direction_and_condition(problem)
     tolerance *= 1 + condition
     if condition > 1e5 or tolerance > 0.3:  # the loss is constant or nearly linear, and d is rounding
         return
     ours, (truth, scale) = solve(problem, engine, prepared, direction=z), truth_of(problem, z)
     found = errors(ours, truth, scale)
-    if max(found) > tolerance and problem.dtype != torch.float64:  # the oracle itself may be no better here
+    if max(found) > tolerance and problem.dtype != torch.float64:  # the reference itself may be no better here
         exact = solve(widened(problem), "reference", direction=z.double())
         tolerance = max(tolerance, 4 * max(errors(truth, exact, scale)))
     note(f"errors {found} of losses, penalties and gradients; allowed {tolerance}")

@@ -1,4 +1,4 @@
-"""Models and callers out of the ordinary: each is either right, as the oracle says, or one clear error or warning."""
+"""Models and callers out of the ordinary: each is right, as the reference says, or one clear error or warning."""
 
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Kernels and twins against float64 formulas on random shapes, layouts, types and values, between canaries."""
+"""Kernels and their references against float64 formulas on random shapes, layouts, types and values, between canaries."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,7 @@ def test_direction_step(device: str, close: Any, lay: Any, made: Any, h: list[fl
     z = sign(g) / norm(sign(g)).masked_fill(norm(sign(g)) == 0, 1.0)
     out = direction_step(x, grad, one_each(h, x))
     close(out, wide + columns(h, wide) * z, looser=2.0)
-    TRIED["direction_step, kernel and twin"] += 1
+    TRIED["direction_step, kernel and reference"] += 1
 
 
 @cases(20)
@@ -77,7 +77,7 @@ def test_difference_sqnorm(device: str, close: Any, lay: Any, made: Any) -> None
     expected = 2 * weights.reshape(-1, *[1] * (d.dim() - 1)) * d
     close(a.grad, expected, looser=2.0)
     close(b.grad, -expected, looser=2.0)
-    TRIED["difference_sqnorm and its gradient, kernel and twin"] += 1
+    TRIED["difference_sqnorm and its gradient, kernel and reference"] += 1
 
 
 @cases(20)
@@ -89,7 +89,7 @@ def test_linf_step(device: str, close: Any, lay: Any, made: Any, eps: list[float
     moved = a + step * sign(g)
     moved = torch.where(moved.isnan(), moved, moved.minimum(c + r).maximum(c - r))
     close(linf_step(adv, grad, x, step, one_each(eps, x)), moved.clamp(0, 1), looser=4.0)
-    TRIED["linf_step, kernel and twin"] += 1
+    TRIED["linf_step, kernel and reference"] += 1
 
 
 @cases(20)
@@ -101,4 +101,4 @@ def test_l2_step(device: str, close: Any, lay: Any, made: Any, eps: list[float],
     r, length = columns(eps, c), norm(d)
     d = torch.where((length > r) | length.isnan(), d * r / length, d)
     close(l2_step(adv, grad, x, step, one_each(eps, x)), (c + d).clamp(0, 1), looser=4.0)
-    TRIED["l2_step, kernel and twin"] += 1
+    TRIED["l2_step, kernel and reference"] += 1

@@ -80,7 +80,7 @@ def test_unknown_backend(monkeypatch):
 
 @EACH
 @pytest.mark.parametrize("choice", [None, "auto"])
-def test_auto_the_default_takes_the_twin_on_cpu(monkeypatch, name, choice):
+def test_auto_the_default_takes_the_reference_implementation_on_cpu(monkeypatch, name, choice):
     monkeypatch.delenv("FASTCURE_BACKEND", raising=False)
     if choice:
         monkeypatch.setenv("FASTCURE_BACKEND", choice)
