@@ -1,4 +1,4 @@
-"""Kernels and their references against float64 formulas on random shapes, layouts, types and values, between canaries."""
+"""Kernels and their references against float64 formulas on random shapes, layouts, types and values."""
 
 from collections.abc import Callable
 from typing import Any
