@@ -102,8 +102,8 @@ class Run:
         columns: Columns = {"autoattack": left / n, "margin20x5_subset": float(margin.double().mean())}
         if not right:
             return {**columns, "checklist": "no image is classified rightly"}
-        twin = self.normal.trained()[0] if self.normal else None
-        options: Columns = {"twin": twin, "steps": 20, "samples": 16, "generator": self._generator()}
+        surrogate = self.normal.trained()[0] if self.normal else None
+        options: Columns = {"surrogate": surrogate, "steps": 20, "samples": 16, "generator": self._generator()}
         items = masking_checklist(model, x, y, self.setting.eps, **options)
         failed = [item.name for item in items if item.passed is False]
         seen = sum(item.passed is not None for item in items)

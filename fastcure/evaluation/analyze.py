@@ -52,8 +52,8 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
     make = partial(load_model, settings.model, classes=data.classes, channels=x.shape[1], log=say)
     weights: dict[str, str | None] = {"after fine-tuning" if settings.run else settings.model: settings.checkpoint}
-    if settings.twin is not None:
-        weights = {"before fine-tuning" if settings.run else "twin": settings.twin, **weights}
+    if settings.surrogate is not None:
+        weights = {"before fine-tuning" if settings.run else "surrogate": settings.surrogate, **weights}
     say(f"{data.name}: {sampled(data, whole)}, on {ranks}")
     titles = {
         "frobenius": "||H||_F",

@@ -51,7 +51,7 @@ def masking_checklist(
     y: Tensor,
     eps: float = 8 / 255,
     *,
-    twin: nn.Module | None = None,
+    surrogate: nn.Module | None = None,
     margin: float = 0.02,
     steps: int = 10,
     samples: int = 32,
@@ -71,8 +71,8 @@ def masking_checklist(
         x: `(B, ...)` images in [0, 1]; a few hundred make the margin worth its name.
         y: class indices `(B,)`.
         eps: radius in pixels.
-        twin: a network trained normally for the same task, from which attacks are transferred; without it that item
-            is skipped.
+        surrogate: a network from standard training on the same task, from which attacks are transferred; without it
+            that item is skipped.
         margin: difference in accuracy that is taken for none.
         steps: of the PGD in question.
         samples: sign vectors of each of SPSA's 20 estimates.
@@ -105,7 +105,7 @@ def masking_checklist(
     check_positive("eps", eps)
     check_positive("margin", margin, zero=True)
     with evaluation_mode(model):
-        exam = _Examination(model, x, y, eps, twin, margin, steps, samples, batch_size, generator)
+        exam = _Examination(model, x, y, eps, surrogate, margin, steps, samples, batch_size, generator)
         checks: list[Check] = [
             exam.more_steps,
             exam.gradient_free,
@@ -142,14 +142,14 @@ class _Examination:
         x: Tensor,
         y: Tensor,
         eps: float,
-        twin: nn.Module | None,
+        surrogate: nn.Module | None,
         margin: float,
         steps: int,
         samples: int,
         batch_size: int,
         generator: torch.Generator | None,
     ) -> None:
-        self.model, self.eps, self.twin, self.margin = model, eps, twin, margin
+        self.model, self.eps, self.surrogate, self.margin = model, eps, surrogate, margin
         self.steps, self.samples, self.batch_size, self.generator = steps, samples, batch_size, generator
         self.count = len(x)
         self.x, self.y = x, y
@@ -174,14 +174,14 @@ class _Examination:
         return self._outside("an attack without gradients is no stronger", "spsa", "SPSA", self._survivors(attack))
 
     def transfer(self) -> Item:
-        """Adversarial images of a twin are no stronger than the model's own."""
+        """Adversarial images of a surrogate are no stronger than the model's own."""
         name = "a black-box attack is no stronger"
-        twin = self.twin
-        if twin is None:
-            return Item(name, None, {}, "no normally trained twin was given to transfer attacks from")
+        surrogate = self.surrogate
+        if surrogate is None:
+            return Item(name, None, {}, "no surrogate from standard training was given to transfer attacks from")
         attack = self._pgd(self.eps)
-        left = self._survivors(lambda _, x, y: attack(twin, x, y))
-        return self._outside(name, "transfer", "PGD on a normally trained twin", left)
+        left = self._survivors(lambda _, x, y: attack(surrogate, x, y))
+        return self._outside(name, "transfer", "PGD on a surrogate from standard training", left)
 
     def unbounded(self) -> Item:
         """With the whole box to move in, every image is misclassified."""

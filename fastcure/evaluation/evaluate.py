@@ -64,9 +64,9 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     shape = data.x_test.shape[1:]
     make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1], log=say)
     model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, shape, ranks.device)
-    twin = None
-    if settings.checklist and settings.twin is not None:
-        twin = placed(make(settings.twin, settings.mean, settings.std), settings.model, shape, ranks.device)
+    surrogate = None
+    if settings.checklist and settings.surrogate is not None:
+        surrogate = placed(make(settings.surrogate, settings.mean, settings.std), settings.model, shape, ranks.device)
     check_network(model, settings.model, data, ranks.device)
     say(
         f"{data.name}: {sampled(data, whole)} of {' x '.join(map(str, data.x_test.shape[1:]))}, "
@@ -93,7 +93,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     results["deepfool"] = measure.distances()
     say("DeepFool: L2 distance {mean}, median {median}, found for {found}".format(**_shown(results["deepfool"])))
     if settings.checklist:
-        items = measure.checklist(twin)
+        items = measure.checklist(surrogate)
         results["checklist"] = [item._asdict() for item in items]
         say(verdict(items))
 
@@ -151,7 +151,7 @@ class _Measure:
 
             return self.ranks.map(followed, self.x, self.y, self.settings.seed, self.settings.batch_size)
 
-    def checklist(self, twin: nn.Module | None) -> list[Any]:
+    def checklist(self, surrogate: nn.Module | None) -> list[Any]:
         """The gradient-masking checklist at the last radius."""
         x = self.x.float() / 255
 
@@ -159,9 +159,9 @@ class _Measure:
             return self._bar("checklist", checks, "item")
 
         generator = torch.Generator().manual_seed(self.settings.seed)
-        options: dict[str, Any] = {"twin": twin, "steps": self.settings.steps, "batch_size": self.settings.batch_size}
+        options: dict[str, Any] = {"steps": self.settings.steps, "batch_size": self.settings.batch_size}
         options |= {"generator": generator, "progress": progress}
-        return masking_checklist(self.model, x, self.y, self.settings.eps[-1], **options)
+        return masking_checklist(self.model, x, self.y, self.settings.eps[-1], surrogate=surrogate, **options)
 
     def _bar(self, title: str, work: Any, unit: str) -> Any:
         what = {"total": work} if isinstance(work, int) else {"iterable": work}

@@ -25,7 +25,9 @@ class Measurement:
     run: str | None = setting(None, "Folder of a finetune run: its model, weights, dataset and radii are the defaults.")
     model: Annotated[str, OneOf(MODELS, (FUNCTION,))] | None = setting(None, "The network.")
     checkpoint: str | None = setting(None, "Weights, .safetensors or .pt; the run's after fine-tuning.")
-    twin: str | None = setting(None, "Other weights of the same model, to compare; the run's before fine-tuning.")
+    surrogate: str | None = setting(
+        None, "Other weights of the model, to transfer attacks from or to compare with; the run's before fine-tuning."
+    )
     mean: tuple[float, ...] | None = setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
     std: tuple[float, ...] | None = setting(None, "Likewise.")
     dataset: Annotated[str, OneOf(DATASETS, ADDRESSES)] | None = setting(None, "Images and labels.")
@@ -71,7 +73,7 @@ class EvaluationSettings(Measurement):
     restarts: int = setting(1, "Random starts of PGD; the best of each image counts.")
     spsa: bool = setting(False, "Also attack without gradients.")
     autoattack: bool = setting(False, "Also run AutoAttack, the field's standard (slow).")
-    checklist: bool = setting(False, "Also look for gradient masking, at the last radius, with the twin.")
+    checklist: bool = setting(False, "Also look for gradient masking, at the last radius, with the surrogate.")
 
     least: ClassVar[dict[str, int]] = {**Measurement.least, "steps": 1, "restarts": 1}
 
@@ -143,5 +145,5 @@ def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
         refuse_code(read_json(path).get("model"), path)
     config = read_settings(path, resume=False)
     found = {name: getattr(config, name) for name in ("model", "dataset", "data_dir", "eps")}
-    twin = run / "original.safetensors"
-    return {**found, "checkpoint": str(run / "model.safetensors"), "twin": str(twin) if twin.is_file() else None}
+    original = str(run / "original.safetensors") if (run / "original.safetensors").is_file() else None
+    return {**found, "checkpoint": str(run / "model.safetensors"), "surrogate": original}

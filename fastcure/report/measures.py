@@ -154,9 +154,9 @@ def surfaces(subjects: list[Subject], images: Images, seed: int) -> list[tuple[s
 
 
 def checklists(
-    subjects: list[Subject], twin: nn.Module, images: Images, eps: float, seed: int, bar: Bar
+    subjects: list[Subject], surrogate: nn.Module, images: Images, eps: float, seed: int, bar: Bar
 ) -> list[tuple[str, list[Item]]]:
-    """The gradient-masking checklist of each network but the first, which is their normally trained twin."""
+    """The gradient-masking checklist of each network but the first, which is their surrogate from standard training."""
     images = images.sample(CHECKED_IMAGES)
     found = []
     for name, model in subjects:
@@ -164,5 +164,7 @@ def checklists(
             continue
         generator = torch.Generator().manual_seed(seed)
         progress: Any = partial(bar, f"checklist of {name}")
-        found.append((name, masking_checklist(model, *images, eps, twin=twin, generator=generator, progress=progress)))
+        found.append(
+            (name, masking_checklist(model, *images, eps, surrogate=surrogate, generator=generator, progress=progress))
+        )
     return found

@@ -49,7 +49,7 @@ def through(*points: tuple[float, float]) -> Curve:
 
 class Flawed(NamedTuple):
     model: nn.Module
-    twin: nn.Module
+    surrogate: nn.Module
     fails: int
 
 
@@ -85,15 +85,17 @@ FLAWED = {
 }
 
 
-def examine(model: nn.Module, twin: nn.Module | None) -> list[Item]:
+def examine(model: nn.Module, surrogate: nn.Module | None) -> list[Item]:
     x, y = torch.full((100, 1, 1, 1), 0.5), torch.zeros(100, dtype=torch.int64)
-    return masking_checklist(model, x, y, 0.1, twin=twin, samples=4, generator=torch.Generator().manual_seed(0))
+    return masking_checklist(
+        model, x, y, 0.1, surrogate=surrogate, samples=4, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("name", FLAWED)
 def test_each_item_fails_on_a_network_built_to_fail_it_alone(name: str) -> None:
     flawed = FLAWED[name]
-    items = examine(flawed.model, flawed.twin)
+    items = examine(flawed.model, flawed.surrogate)
     assert [item.passed for item in items] == [item != flawed.fails for item in range(6)], verdict(items)
     words = verdict(items).splitlines()
     assert words[0] == "gradient masking: 1 of 6 items fail"
@@ -119,18 +121,18 @@ def test_an_honest_landscape_passes() -> None:
     ]
     assert items[STEPS].words.startswith("PGD-10 leaves 0.0%, with PGD-50 from 3 starts added 0.0%")
     assert items[SPSA].words.startswith("SPSA leaves 0.0%, PGD 0.0%")
-    assert items[TRANSFER].words.startswith("PGD on a normally trained twin leaves 0.0%, PGD 0.0%")
+    assert items[TRANSFER].words.startswith("PGD on a surrogate from standard training leaves 0.0%, PGD 0.0%")
     assert items[EPS].evidence["accuracy"] == [1, 1, 0, 0, 0, 0]  # it errs from d = 0.05 on, the third radius
     assert items[EPS].evidence["eps"] == pytest.approx([0, 0.025, 0.05, 0.1, 0.2, 0.4])
     walk = torch.linspace(0, 0.1, 11, dtype=torch.float64)
     assert items[LOSS].evidence["mean_loss"] == pytest.approx(F.softplus(20 * walk - 1).tolist(), rel=1e-5)
 
 
-def test_without_a_twin_its_item_is_skipped_with_words() -> None:
+def test_without_a_surrogate_its_item_is_skipped_with_words() -> None:
     items = examine(Landscape(lambda d: 20 * d - 1), None)
     assert [item.passed for item in items] == [True, True, None, True, True, True]
     assert "no sign of it in 5 items" in verdict(items)
-    assert "skip  a black-box attack is no stronger: no normally trained twin was given" in verdict(items)
+    assert "skip  a black-box attack is no stronger: no surrogate from standard training was given" in verdict(items)
 
 
 def test_images_classified_wrongly_count_as_wrong_and_are_not_attacked() -> None:
@@ -141,13 +143,13 @@ def test_images_classified_wrongly_count_as_wrong_and_are_not_attacked() -> None
 
 @pytest.mark.parametrize(("failures", "passes"), [(2, True), (5, True), (12, False)])
 def test_a_drop_counts_where_it_exceeds_the_margin_by_two_standard_errors(failures: int, passes: bool) -> None:
-    # The twin's attack, to the right, breaks the `failures` images of 100 at d = 0.01; the network's own goes left.
+    # The surrogate's attack, to the right, breaks `failures` of 100 images at d = 0.01; the network's own goes left.
     model = Landscape(
         through((-0.5, 4.0), (-0.12, -0.5), (0.0, -1.0), (0.105, -0.5), (0.11, 0.5), (0.5, 1.0)), slope=-1.0
     )
     x = torch.full((100, 1, 1, 1), 0.5)
     x[:failures] += 0.01
-    item = masking_checklist(model, x, torch.zeros(100).long(), 0.1, twin=RIGHT, samples=4)[TRANSFER]
+    item = masking_checklist(model, x, torch.zeros(100).long(), 0.1, surrogate=RIGHT, samples=4)[TRANSFER]
     assert item.evidence["drop"] == pytest.approx(failures / 100)
     assert item.evidence["standard_error"] == pytest.approx(failures**0.5 / 100)
     assert item.passed == passes
@@ -189,15 +191,15 @@ def test_a_loss_that_is_no_number_at_the_end_of_the_path_is_reported() -> None:
         masking_checklist(broken, x, y, 0.1, progress=lambda checks: checks[-1:])
 
 
-def test_a_twin_attacks_in_evaluation_mode_and_comes_back_as_it_was() -> None:
+def test_a_surrogate_attacks_in_evaluation_mode_and_comes_back_as_it_was() -> None:
     class Reversed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (LEFT if self.training else RIGHT)(x)
 
-    twin = Reversed().train()
+    surrogate = Reversed().train()
     flawed = FLAWED["transfer"]
-    assert [item.passed for item in examine(flawed.model, twin)] == [item != TRANSFER for item in range(6)]
-    assert twin.training
+    assert [item.passed for item in examine(flawed.model, surrogate)] == [item != TRANSFER for item in range(6)]
+    assert surrogate.training
 
 
 class Trained(NamedTuple):
@@ -264,4 +266,4 @@ def test_a_network_that_masks_its_gradients_is_caught(trained: Trained, mask: ty
 
 def checklist(trained: Trained, model: nn.Module) -> list[Item]:
     generator = torch.Generator().manual_seed(2)
-    return masking_checklist(model, trained.x, trained.y, 0.05, twin=trained.normal, generator=generator)
+    return masking_checklist(model, trained.x, trained.y, 0.05, surrogate=trained.normal, generator=generator)

@@ -69,9 +69,10 @@ OPTIONS = {
     "finetune": "dataset data-dir model checkpoint preset pretrain-epochs pretrain-lr epochs batch-size microbatch lr "
     "objective optimizer momentum weight-decay label-smoothing clip ema gamma h h-unit power batch-stats loss-at "
     "fraction engine train-eps steps non-finite eps validation track device amp seed limit out",
-    "evaluate": "run model checkpoint twin mean std dataset data-dir limit batch-size device seed out eps steps "
+    "evaluate": "run model checkpoint surrogate mean std dataset data-dir limit batch-size device seed out eps steps "
     "restarts",
-    "analyze": "run model checkpoint twin mean std dataset data-dir limit batch-size device seed out h probes extremes",
+    "analyze": "run model checkpoint surrogate mean std dataset data-dir limit batch-size device seed out h probes "
+    "extremes",
     "report": "out data-dir device seed limit",
 }
 

@@ -56,10 +56,10 @@ class Place:
         self.y = torch.from_numpy(y[40:])
 
         torch.manual_seed(0)
-        self.model, twin = self.train(resnet8(classes=3)), resnet8(classes=3)
+        self.model, surrogate = self.train(resnet8(classes=3)), resnet8(classes=3)
         (path / "run").mkdir()
         save_file(self.model.state_dict(), path / "run" / "model.safetensors")
-        save_file(twin.state_dict(), path / "run" / "original.safetensors")
+        save_file(surrogate.state_dict(), path / "run" / "original.safetensors")
         config = {"model": "resnet8", "dataset": "npz:data.npz", "data_dir": "data", "eps": EPS, "gamma": "1"}
         (path / "run" / "config.json").write_text(json.dumps(config))
 
@@ -125,9 +125,9 @@ def test_a_run_is_enough(place: Place, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_run_before_cure_is_its_other_checkpoint(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     found = place.results("--run", "run", "--checkpoint", "run/original.safetensors", "--limit", "9", "--eps", "1/255")
-    twin = load_model("resnet8", "run/original.safetensors", classes=3).eval()
+    surrogate = load_model("resnet8", "run/original.safetensors", classes=3).eval()
     chosen = stratified(place.y, 9, seed=0)
-    assert found["clean"] == right(twin, place.x[chosen], place.y[chosen])
+    assert found["clean"] == right(surrogate, place.x[chosen], place.y[chosen])
     assert (found["images"], found["test_set"]) == (9, 30)
     assert "9 test images (a sample of 30, stratified by class)" in capsys.readouterr().out
     assert list(found["pgd"]) == ["0.00392157"]
@@ -276,7 +276,7 @@ OUT = ["--model", "outside_networks:network", "--dataset", "npz:data.npz"]
         (["--run", "damaged"], "config.json cannot be read as JSON (Expecting property name"),
         (["--run", "older"], "config.json does not hold the settings of a run: it lacks dataset"),
         (["--run", "run", "--checkpoint", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
-        (["--run", "run", "--twin", "nowhere.pt", "--checklist"], "checkpoint nowhere.pt does not exist"),
+        (["--run", "run", "--surrogate", "nowhere.pt", "--checklist"], "checkpoint nowhere.pt does not exist"),
         (["--run", "run", "--mean", "0.5", "--std", "0.5"], "resnet8 has its mean and std in the checkpoint"),
         (["--run", "run", "--eps", "2"], "eps must be radii in (0, 1]"),
         (["--run", "run", "--steps", "0"], "steps must be >= 1, got 0"),
@@ -378,6 +378,6 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for flag in (
         "--run --model --checkpoint --mean --std --dataset --data-dir --eps --steps --restarts --spsa --autoattack "
-        "--checklist --twin --limit --batch-size --device --seed --out"
+        "--checklist --surrogate --limit --batch-size --device --seed --out"
     ).split():
         assert flag in shown
