@@ -202,7 +202,8 @@ def penalise(
     functional = Recorded(model, moving=model.modules() if training and w_loss > 0 else ())
     with torch.enable_grad(), warnings.catch_warnings(), nullcontext() if training else evaluation_mode(model):
         warnings.simplefilter("ignore")  # what the first-order engine says of kinks is what is measured here
-        found = engine.forward(Request(functional, x, y, moment.h, power=recipe.power))
+        request = Request(model, functional.module.loss_fn, x, y, moment.h, power=recipe.power)
+        found = engine.forward(request.of(functional))
     functional.move_buffers()
     state = found.state
     if recipe.mix:

@@ -5,6 +5,8 @@ The whole batch is one part, a penalty on a share of it makes two, micro-batches
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,9 +18,9 @@ from fastcure._defaults import BATCH_STATS, BatchStats
 from fastcure._diagnostics.first_batch import first_batch, warn_of_small_step
 from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure._distributed import averaged_once, refuse_static_graph, refuse_wrappers_within
-from fastcure._functional import FunctionalLoss, LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
+from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
 from fastcure._one_thread import one_thread
-from fastcure._torch_compat import BatchNormBase, backward_retains_graph, not_inside_torch_compile
+from fastcure._torch_compat import BatchNormBase, backward_retains_graph, foreach_add, not_inside_torch_compile
 from fastcure._validation import check_batch, check_positive, refuse_transforms
 from fastcure.engines import LOSS_ONLY, Engine, Evaluation, LossAt, Request, engine_called
 
@@ -143,20 +145,24 @@ def evaluate_batch(
     called = ModelWithLoss(model, loss_fn)(x, y) if split else None
     lengths = h if isinstance(h, Tensor) and h.dim() else None
     gradients: dict[nn.Parameter, Tensor] = {}
-    results: list[tuple[Part, Tensor, Tensor, Tensor]] = []
-    with regularisation_left_out(model, loss_fn, options.engine, options.batch_stats):
+    known: dict[str, Any] = {}
+    results: list[tuple[Part, Engine, Evaluation]] = []
+    left_out = regularisation_left_out(model, loss_fn, options.engine, options.batch_stats)
+    with left_out, passes(model, options) as norms:
         for part in parts:
             step = h if lengths is None else part.of(lengths)
-            engine, found = evaluate(model, part.of(x), part.of(y), step, options, part, direction)
-            if weights is None:
-                loss, penalty = attach(engine, found)
-            else:
-                loss, penalty = found.loss, found.penalty
-                _add_gradients(gradients, engine, found, 0.0 if split else weights[0], weights[1])
-            results.append((part, found.logits, loss, penalty))
+            engine, found = evaluate(model, part.of(x), part.of(y), step, options, part, norms, direction, known)
+            if weights is not None:
+                _add_part(gradients, engine, found, 0.0 if split else weights[0], weights[1])
+                found = found._replace(state=None)
+            results.append((part, engine, found))
     results.sort(key=lambda result: result[0].samples.start)
-    penalty = _joined([penalty for part, _, _, penalty in results if part.penalised])
-    logits, loss = _joined([found[1] for found in results]), _joined([found[2] for found in results])
+    if weights is None:
+        values = attach([(engine, found) for _, engine, found in results])
+    else:
+        values = [(found.loss, found.penalty) for _, _, found in results]
+    logits, loss = _joined([found.logits for _, _, found in results]), _joined([loss for loss, _ in values])
+    penalty = _joined([value for (part, *_), (_, value) in zip(results, values, strict=True) if part.penalised])
     total = None
     if weights is not None:
         value = weights[1] * penalty.sum() if split else weights[0] * loss.sum() + weights[1] * penalty.sum()
@@ -172,6 +178,21 @@ def evaluate_batch(
     return BatchResult(logits, loss, penalty, total)
 
 
+@contextmanager
+def passes(model: nn.Module, options: Options) -> Iterator[list[nn.Module]]:
+    """Around the passes of a batch: evaluation mode, in this thread alone.
+
+    Yields:
+        The batch norms in training mode, whose flags stay as they are with `batch_stats="train"`.
+    """
+    refuse_wrappers_within(model, options.loss_fn)
+    with one_thread(model, options.loss_fn):
+        norms = training_norms(model, options.loss_fn) if options.batch_stats == "train" else []
+        check_training_norms(norms)
+        with evaluation_mode(model, options.loss_fn, but=NORMS if norms else ()):
+            yield [module for _, module in norms]
+
+
 def evaluate(
     model: nn.Module,
     x: Tensor,
@@ -179,34 +200,40 @@ def evaluate(
     h: float | Tensor,
     options: Options,
     part: Part,
+    norms: list[nn.Module],
     direction: Tensor | None = None,
+    known: dict[str, Any] | None = None,
 ) -> tuple[Engine, Evaluation]:
-    """Run the forward of an engine in evaluation mode, with a state for its backward where gradients are on.
+    """Run the forward of an engine, with a state for its backward where gradients are on.
 
-    With `batch_stats="train"` the flags of batch norms stay as they are.
+    Args:
+        model: the network, within `passes`.
+        x, y, h, options, direction: as in `evaluate_batch`, of this part.
+        part: which samples it has.
+        norms: as from `passes`.
+        known: what an engine has found out in other parts.
     """
-    refuse_wrappers_within(model, options.loss_fn)
-    with one_thread(model, options.loss_fn):
-        norms = training_norms(model, options.loss_fn) if options.batch_stats == "train" else []
-        check_training_norms(norms)
-        engine = engine_called(options.engine, x.device, training_norms=bool(norms))
-        if not part.penalised:
-            engine = LOSS_ONLY
-        moving = [module for _, module in norms] if part.updates_buffers else ()
-        functional = FunctionalLoss(model, options.loss_fn, moving=moving)
-        request = Request(
-            *(functional, x, y, h),
-            power=options.power,
-            loss_at=options.loss_at,
-            direction=direction,
-            differentiable=functional.trainable and torch.is_grad_enabled(),
-        )
-        warn_of_small_step(model, x, h)
-        flags = evaluation_mode(model, options.loss_fn, but=NORMS if norms else ())
-        with torch.enable_grad(), flags, first_batch(functional, x, y):
-            evaluation = engine.forward(request)
-        functional.move_buffers()
-        return engine, evaluation
+    engine = engine_called(options.engine, x.device, training_norms=bool(norms))
+    if not (part.penalised or engine.any_part):
+        engine = LOSS_ONLY
+    roots = (root for root in (model, options.loss_fn) if isinstance(root, nn.Module))
+    trainable = any(parameter.requires_grad for root in roots for parameter in root.parameters())
+    request = Request(
+        *(model, options.loss_fn, x, y, h),
+        power=options.power,
+        loss_at=options.loss_at,
+        direction=direction,
+        differentiable=trainable and torch.is_grad_enabled(),
+        with_loss=options.batch_stats != "split",
+        penalised=part.penalised,
+        moving=tuple(norms) if part.updates_buffers else (),
+        known={} if known is None else known,
+    )
+    warn_of_small_step(model, x, h)
+    with torch.enable_grad(), first_batch(request):
+        evaluation = engine.forward(request)
+    request.move_buffers()
+    return engine, evaluation
 
 
 def check_arguments(x: Tensor, y: Tensor, h: float | Tensor, direction: Tensor | None = None) -> None:
@@ -234,25 +261,38 @@ def check_training_norms(norms: list[tuple[str, nn.Module]]) -> None:
             )
 
 
-def attach(engine: Engine, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
-    """Return loss and penalty `(B,)`, differentiable in the parameters through the engine's backward."""
-    loss, penalty = _Attach.apply(engine, evaluation, *evaluation.parameters)
-    return loss, penalty
+def attach(parts: list[tuple[Engine, Evaluation]]) -> list[tuple[Tensor, Tensor]]:
+    """Return loss and penalty `(B,)` of each part, differentiable in the parameters through its engine's backward."""
+    parameters = list(dict.fromkeys(parameter for _, found in parts for parameter in found.parameters))
+    values = _Attach.apply(parts, parameters, *parameters)
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 class _Attach(torch.autograd.Function):
-    """Gives an engine's detached values the parameters as their history, and the engine as their derivative."""
+    """Gives the engines' detached values the parameters as their history, and the engines as their derivative."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, evaluation: Evaluation, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
-        ctx.engine, ctx.state = engine, evaluation.state
+    def forward(
+        ctx: Any,
+        parts: list[tuple[Engine, Evaluation]],
+        order: list[nn.Parameter],
+        *parameters: nn.Parameter,
+    ) -> tuple[Tensor, ...]:
+        # Without the values, which get this node as their history.
+        ctx.state = [(engine, found.state, found.parameters) for engine, found in parts]
+        ctx.order = order
         ctx.set_materialize_grads(False)  # an output that nobody uses has weight None, and costs nothing
-        return evaluation.loss, evaluation.penalty
+        return tuple(value for _, found in parts for value in (found.loss, found.penalty))
 
     @staticmethod
-    def backward(ctx: Any, w_loss: Tensor | None, w_penalty: Tensor | None) -> tuple[Any, ...]:
-        state, retain = _take_state(ctx)
-        return None, None, *ctx.engine.backward(state, w_loss, w_penalty, retain=retain)
+    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Any, ...]:
+        parts, retain = _take_state(ctx)
+        gradients: dict[nn.Parameter, Tensor] = {}
+        for i in reversed(range(len(parts))):
+            engine, state, parameters = parts[i] if retain else parts.pop()
+            given = weights[2 * i], weights[2 * i + 1]
+            _add_gradients(gradients, engine, state, parameters, *given, retain=retain)
+        return None, None, *[gradients.get(parameter) for parameter in ctx.order]
 
 
 class _Scaled(torch.autograd.Function):
@@ -285,7 +325,7 @@ def _take_state(ctx: Any) -> tuple[Any, bool]:
     return state, retain
 
 
-def _add_gradients(
+def _add_part(
     gradients: dict[nn.Parameter, Tensor],
     engine: Engine,
     found: Evaluation,
@@ -297,13 +337,29 @@ def _add_gradients(
         None if isinstance(weight, (int, float)) and weight == 0 else torch.ones_like(values) * weight
         for values, weight in ((found.loss, w_loss), (found.penalty, w_penalty))
     ]
-    if not found.parameters or all(weight is None for weight in weights):
+    _add_gradients(gradients, engine, found.state, found.parameters, *weights, retain=False)
+
+
+def _add_gradients(
+    gradients: dict[nn.Parameter, Tensor],
+    engine: Engine,
+    state: Any,
+    parameters: list[nn.Parameter],
+    w_loss: Tensor | None,
+    w_penalty: Tensor | None,
+    *,
+    retain: bool,
+) -> None:
+    """Add a part's gradients, to those that there are in one launch on a GPU."""
+    if not parameters or (w_loss is None and w_penalty is None):
         return
-    new = engine.backward(found.state, *weights, retain=False)
-    for parameter, gradient in zip(found.parameters, new, strict=True):
-        if gradient is not None:
-            old = gradients.get(parameter)
-            gradients[parameter] = gradient if old is None else old + gradient  # not in place: it may be another's too
+    new = engine.backward(state, w_loss, w_penalty, retain=retain)
+    pairs = [(p, gradient) for p, gradient in zip(parameters, new, strict=True) if gradient is not None]
+    both = [(gradients[p], gradient, p) for p, gradient in pairs if p in gradients]
+    gradients.update(pairs)
+    if both:  # not in place: a gradient may be another's too
+        old, more, whose = map(list, zip(*both, strict=True))
+        gradients.update(zip(whose, foreach_add(old, more), strict=True))
 
 
 def _joined(values: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from fastcure._one_thread import one_thread
-from fastcure._torch_compat import uncompiled
+from fastcure._torch_compat import foreach_copy, uncompiled
 from fastcure._validation import check_classes
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -96,7 +96,7 @@ class FunctionalLoss:
         check_initialised({**named, **buffers})
         self.state = {
             **{name: _alias(p, trainable).requires_grad_(trainable and p.requires_grad) for name, p in named.items()},
-            **{name: b.detach().clone() for name, b in buffers.items()},
+            **dict(zip(buffers, clones(buffers.values()), strict=True)),
         }
         for alias in self.state.values():
             if alias.requires_grad:
@@ -113,7 +113,8 @@ class FunctionalLoss:
         """Return `(logits, loss (B,))` of one forward."""
         logits, loss = functional_call(self.module, self.state, (x, y))
         if self._moving and not self._moved:
-            self._moved = {name: self.state[name].clone() for name in self._moving}
+            moved = clones(self.state[name] for name in self._moving)
+            self._moved = dict(zip(self._moving, moved, strict=True))
         return logits, loss
 
     def to(self, dtype: torch.dtype) -> FunctionalLoss:
@@ -131,9 +132,7 @@ class FunctionalLoss:
 
     def move_buffers(self) -> None:
         """Give the buffers of the modules `moving` the values that they had after the first pass."""
-        with torch.no_grad():
-            for name, value in self._moved.items():
-                self._moving[name].copy_(value)
+        copy_into(self._moved.values(), [self._moving[name] for name in self._moved])
 
     def leaves(self, *losses: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, nn.Parameter]]:
         """Find the trainable leaves under `losses`, each with the parameter whose gradient it carries.
@@ -153,6 +152,24 @@ class FunctionalLoss:
                 )
             found.append((leaf, self._owner[id(leaf)]))
         return found
+
+
+def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return detached copies, in a few launches on a GPU."""
+    given = list(tensors)
+    made = [torch.empty_like(tensor, requires_grad=False) for tensor in given]
+    copy_into(given, made)
+    return made
+
+
+@torch.no_grad()
+def copy_into(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    """Copy each of `sources` into its target: those of one dtype in one launch on a GPU."""
+    kinds: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        kinds.setdefault(target.dtype, []).append((target, source))
+    for pairs in kinds.values():
+        foreach_copy(*map(list, zip(*pairs, strict=True)))
 
 
 def _alias(parameter: nn.Parameter, trainable: bool) -> Tensor:

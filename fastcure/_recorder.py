@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
-from fastcure._folding.layers import folds_of
-from fastcure._functional import FunctionalLoss
-from fastcure._weak import weakly
+from fastcure._fingerprint import fingerprint, settings_of_torch
+from fastcure._folding.layers import FOLDS
+from fastcure._functional import LossFn
 
 Tensors = Sequence[Tensor | None]
 Work = Callable[[], Tensors]
 Capture = TypeVar("Capture")
 
-SHAPES = 4
-"""Captures that are kept for a model: beyond, the oldest goes."""
+SHAPES = 8
+"""Captures that are kept for a model: beyond, the one that was used least recently goes."""
 
 
 class Recorder(Protocol):
@@ -36,7 +37,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures CUDA graphs in a memory pool of their own."""
+    """Captures CUDA graphs in one memory pool."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -65,44 +66,76 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class Memory:
+    """What several captures of one model share, and take turns in: each overwrites what the others have left there."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._holder: ref[Any] | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a step needs what it has left here, and is still alive."""
+        return self._holder is not None and self._holder() is not None
+
+    def hold(self, step: object) -> None:
+        """Keep it for a step, until `release` or for as long as the step lives."""
+        self._holder = ref(step)
+
+    def release(self) -> None:
+        """Let other captures overwrite it."""
+        self._holder = None
+
+
 class Captures(Generic[Capture]):
-    """What was recorded for each model: one capture for each kind of step that it was asked for."""
+    """What was recorded for each model: one capture for each kind of step that it was asked for.
 
-    def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[nn.Module, dict[Any, Capture]] = WeakKeyDictionary()
+    Args:
+        recorder: makes what records a capture; those of one model and stream share one as long as they take turns.
+    """
 
-    def find(
-        self, functional: FunctionalLoss, x: Tensor, y: Tensor, settings: tuple[Any, ...], record: Callable[[], Capture]
-    ) -> Capture:
-        """Return the capture of a step, or what `record` makes if there is none.
+    def __init__(self, recorder: Callable[[], Recorder]) -> None:
+        self.recorder = recorder
+        self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, Capture]] = WeakKeyDictionary()
+        self._memories: WeakKeyDictionary[nn.Module, dict[Hashable, list[Memory]]] = WeakKeyDictionary()
 
-        Args:
-            functional: of the model.
-            x, y: of the step.
-            settings: all that the step depends on besides these and autocast, hashable.
-            record: makes a capture.
-        """
-        kept, device = self._kept.setdefault(functional.model, {}), x.device.type
-        key = (
-            *(*settings, weakly(functional.module.loss_fn)),
-            *((weakly(fold.layer), weakly(fold.norm), fold.fused) for fold in folds_of(functional.model)),
-            *(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            *((t.shape, t.stride(), t.dtype, t.device) for t in (x, y)),
-            *addresses(functional),
-        )
-        if key not in kept:
-            while len(kept) >= SHAPES:
-                del kept[next(iter(kept))]
-            kept[key] = record()
+    def get(self, model: nn.Module, key: Hashable) -> Capture | None:
+        """Return the capture of this key, if there is one."""
+        kept = self._kept.get(model, {})
+        if key in kept:
+            kept[key] = kept.pop(key)  # to the end: it was used most recently
+        return kept.get(key)
+
+    def record(self, model: nn.Module, key: Hashable, make: Callable[[Memory], Capture]) -> Capture:
+        """Keep what `make` captures."""
+        kept = self._kept.setdefault(model, {})
+        while len(kept) >= SHAPES:
+            del kept[next(iter(kept))]
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        memories = self._memories.setdefault(model, {}).setdefault(stream, [])
+        memory = next((memory for memory in memories if not memory.is_held), None)
+        if memory is None:
+            memories.append(memory := Memory(self.recorder()))
+        with _one_at_a_time:
+            kept[key] = make(memory)
         return kept[key]
 
+    def forget(self, model: nn.Module) -> None:
+        """Drop what was captured for a model, and its memory."""
+        self._kept.pop(model, None)
+        self._memories.pop(model, None)
 
-def addresses(functional: FunctionalLoss) -> tuple[Any, ...]:
-    """Return what a capture knows its tensors by: which they are, how they lie in memory, and which are trained."""
-    parameters = [(id(p), p.data_ptr(), p.shape, p.stride(), p.requires_grad) for p in functional.module.parameters()]
-    return *parameters, *((b.shape, b.dtype) for b in buffers(functional))
+
+_one_at_a_time = threading.Lock()
+"""Captures of a device share a stream."""
 
 
-def buffers(functional: FunctionalLoss) -> list[Tensor]:
-    """Return the copies of buffers that `functional` reads; unlike its parameters, they do not follow the model's."""
-    return [functional.state[name] for name, _ in functional.module.named_buffers()]
+def key_of(model: nn.Module, loss_fn: LossFn, device: torch.device) -> Hashable:
+    """Return all that a capture of passes of `model` and its loss depends on, apart from their arguments."""
+    roots = (model, loss_fn)
+    return *FOLDS.get(model, ()), settings_of_torch(device), *(fingerprint(root, device) for root in roots)
+
+
+def layout_of(*tensors: Tensor) -> Hashable:
+    """Return what a capture depends on of its arguments."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)

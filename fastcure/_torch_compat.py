@@ -58,6 +58,13 @@ def elu_slope(node: Any) -> float:
     return node._saved_alpha * node._saved_input_scale
 
 
+def somebody_listens() -> bool:
+    """Tell whether a mode, a hook of saved tensors, a hook of all modules or anomaly detection sees what runs now."""
+    modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return bool(modes) or saving or torch.is_anomaly_enabled() or _has_any_global_hook()
+
+
 def in_forward_mode() -> bool:
     """Tell whether a level of forward-mode AD is open; the public API tells of single tensors only."""
     return forward_ad._current_level >= 0
@@ -142,6 +149,10 @@ without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.Di
 """Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""
 math_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_attention_math
 """Attention in plain operators, chosen for one call: the public `sdpa_kernel` sets it for the whole process."""
+foreach_copy: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+"""Copies the second list into the first: on a GPU in one launch where both are of one dtype; the optimisers' own."""
+foreach_add: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, ...]] = torch._foreach_add
+"""Adds the lists, in one launch likewise."""
 unsafe_view = torch.ops.aten._unsafe_view.default
 """A view that torch's matrix products return, not marked as one."""
 hardsigmoid_in_c: Callable[..., Tensor] = torch._C._nn.hardsigmoid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss
+
+if TYPE_CHECKING:
+    from fastcure.engines.base import Request
 
 SLACK = 1e-3
 """By which resampling may leave [0, 1]."""
@@ -20,7 +24,7 @@ _small_steps: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def first_batch(functional: FunctionalLoss, x: Tensor, y: Tensor) -> Iterator[None]:
+def first_batch(request: Request) -> Iterator[None]:
     """Around the passes of the penalty: examine the first batch that a model sees, and no other.
 
     A look at values makes the host wait for the device, hence once; while a CUDA graph is captured, not even that.
@@ -28,15 +32,16 @@ def first_batch(functional: FunctionalLoss, x: Tensor, y: Tensor) -> Iterator[No
     Raises:
         ValueError: if the model draws random numbers in evaluation mode, and its logits depend on them.
     """
-    if functional.model in _seen or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    x = request.x
+    if request.model in _seen or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         yield
         return
     warn_of_range(x)
     before = random_states(x)
     yield
     if not all(map(torch.equal, before, random_states(x))):
-        refuse_randomness(functional, x, y)
-    _seen.add(functional.model)
+        refuse_randomness(request.functional, x, request.y)
+    _seen.add(request.model)
 
 
 def warn_of_range(x: Tensor) -> None:

@@ -128,7 +128,7 @@ def pgd(
     check_bounds(bounds)
     if x.device.type == "cpu":
         check_pixels(x, bounds)
-    if cuda_graph and not x.is_cuda and REPLAYED.recorder is CudaRecorder:
+    if cuda_graph and not x.is_cuda and REPLAYED.captures.recorder is CudaRecorder:
         raise ValueError(f"cuda_graph=True wants tensors on cuda, got {x.device}: leave it out")
     move = linf_step if norm == "linf" else l2_step
     step = -step_size if targeted else step_size
@@ -145,7 +145,7 @@ def pgd(
     with evaluation_mode(model, loss_fn), folded_layers(model):
         advance: Callable[[Tensor], Tensor] = partial(one_step, functional, x=x, y=y, step=step, eps=eps)
         if cuda_graph:
-            advance = REPLAYED.of(functional, one_step, (norm, bounds), x, y, step, eps)
+            advance = REPLAYED.of(model, loss_fn, one_step, (norm, bounds), x, y, step, eps)
         for _ in range(restarts):
             adv = uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
             for _ in range(steps):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from fastcure._functional import FunctionalLoss
+from fastcure._functional import FunctionalLoss, LossFn
 from fastcure._one_thread import Shared
 from fastcure._torch_compat import compiler_is_loaded
 from fastcure.rules.second_derivatives import INSTEAD, PLAIN_ATTENTION, missing_derivatives
@@ -29,7 +30,8 @@ CHECKPOINTING = (
 class Request:
     """All that an engine is asked for."""
 
-    functional: FunctionalLoss
+    model: nn.Module
+    loss_fn: LossFn
     x: Tensor
     """(B, ...) images."""
     y: Tensor
@@ -42,6 +44,30 @@ class Request:
     """(B, ...) in place of z."""
     differentiable: bool = True
     """Whether to keep what backward needs."""
+    with_loss: bool = True
+    """Whether the loss may be sent backward."""
+    penalised: bool = True
+    """Whether these samples have a penalty: else it is 0, for engines that take such parts."""
+    moving: tuple[nn.Module, ...] = ()
+    """Batch norms in training mode that update their running statistics."""
+    known: dict[str, Any] = field(default_factory=dict)
+    """What an engine has found out of this batch, for its other parts."""
+
+    @cached_property
+    def functional(self) -> FunctionalLoss:
+        """Model and loss as one function, made when it is first asked for."""
+        return FunctionalLoss(self.model, self.loss_fn, moving=self.moving)
+
+    def of(self, functional: FunctionalLoss, **changes: Any) -> Request:
+        """Return the request for another functional, or for the same one, which `replace` would make anew."""
+        other = replace(self, **changes)
+        vars(other)["functional"] = functional
+        return other
+
+    def move_buffers(self) -> None:
+        """Give `moving` their new running statistics, if passes of `functional` have made any."""
+        if "functional" in vars(self):
+            self.functional.move_buffers()
 
 
 class Evaluation(NamedTuple):
@@ -56,6 +82,8 @@ class Evaluation(NamedTuple):
     parameters: list[nn.Parameter]
     """Those whose gradients backward returns, in this order."""
     state: Any
+    step: Tensor | None = None
+    """(B, ...), `x + h z`, where an engine tells it."""
 
 
 class Engine(ABC):
@@ -65,6 +93,8 @@ class Engine(ABC):
     """Whether its gradients are those of the definition; else they are an estimate."""
     training_norms: ClassVar[bool] = False
     """Whether it runs batch norms in training mode."""
+    any_part: ClassVar[bool] = False
+    """Whether it takes samples without a penalty, too."""
     device: str | None = None
     """The only type of device that it runs on, if there is one."""
 

@@ -20,7 +20,7 @@ from fastcure._torch_compat import compiled_graphs, compiling, graph_break_error
 from fastcure._weak import weakly
 from fastcure.engines.base import Evaluation, GraphEngine, Request, evaluation, twice_differentiable
 from fastcure.engines.compile_check import check
-from fastcure.engines.eager import Eager, root
+from fastcure.engines.eager import Eager, lengths, root
 from fastcure.engines.folding import Folding
 from fastcure.reference import unit_sign
 from fastcure.rules.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
@@ -54,7 +54,7 @@ class Compile(GraphEngine):
             return Eager().forward(request)
         functional, x, y = request.functional, request.x.detach(), request.y
         power, stepped, direction = request.power, request.loss_at == "step", request.direction
-        length = torch.as_tensor(request.h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+        length = lengths(request.h, x)
         programs = self._cache.setdefault(functional.model, {})
         autocast = torch.is_autocast_enabled(x.device.type)
         folding = Folding(functional.model, norms=not autocast)

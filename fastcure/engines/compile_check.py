@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -99,7 +98,7 @@ def _computed_in(request: Request) -> torch.dtype:
 
 def _eagerly(request: Request, x: Tensor, z: Tensor, count: int) -> Eagerly:
     h = request.h[:count] if isinstance(request.h, Tensor) and request.h.dim() else request.h
-    part = replace(request, x=x[:count], y=request.y[:count], h=h, direction=z[:count])
+    part = request.of(request.functional, x=x[:count], y=request.y[:count], h=h, direction=z[:count])
 
     def gradients(dtype: torch.dtype | None) -> tuple[Gradients, Gradients]:
         wide = torch.autocast(x.device.type, enabled=False) if dtype else nullcontext()
@@ -121,7 +120,7 @@ def _in_dtype(request: Request, dtype: torch.dtype) -> Request:
     assert request.direction is not None
     y = request.y.to(dtype) if request.y.is_floating_point() else request.y
     functional, x, z = request.functional.to(dtype), request.x.to(dtype), request.direction.to(dtype)
-    return replace(request, functional=functional, x=x, y=y, direction=z)
+    return request.of(functional, x=x, y=y, direction=z)
 
 
 def _gradients(engine: Engine, evaluation: Evaluation, count: int) -> tuple[Gradients, Gradients]:

@@ -34,15 +34,23 @@ class Eager(GraphEngine):
         if request.power == 1:
             penalty = root(penalty)
         found = functional.leaves(loss, loss_step, inputs=(point, step)) if graph else []
-        return evaluation(logits, loss_step if request.loss_at == "step" else loss, penalty, found)
+        made = evaluation(logits, loss_step if request.loss_at == "step" else loss, penalty, found)
+        return made._replace(step=step.detach())
 
 
 def second_point(x: Tensor, g: Tensor, h: float | Tensor, direction: Tensor | None) -> Tensor:
     """Return `x + h z`, with `direction` `(B, ...)` for z if there is one."""
     if direction is None:
         return direction_step(x, g, h)
-    length = torch.as_tensor(h, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
-    return torch.addcmul(x, length, direction.detach())
+    return torch.addcmul(x, lengths(h, x), direction.detach())
+
+
+def lengths(h: float | Tensor, x: Tensor) -> Tensor:
+    """Return `h` as `(B, 1, ...)` or `(1, 1, ...)` beside `x`, where it is there already with no copy to a GPU."""
+    shape = (-1, *[1] * (x.dim() - 1))
+    if isinstance(h, Tensor):
+        return h.to(x).reshape(shape)
+    return torch.full([1] * x.dim(), h, dtype=x.dtype, device=x.device)
 
 
 def root(penalty: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class LossOnly(GraphEngine):
         functional, x, y = request.functional, request.x.detach(), request.y
         differentiable, at_step = request.differentiable, request.loss_at == "step"
         # A model that differentiates itself needs an input that requires grad; it costs nothing where nobody asks.
-        point = x.detach().requires_grad_(differentiable or at_step)
+        point, step = x.detach().requires_grad_(differentiable or at_step), None
         with twice_differentiable(), torch.set_grad_enabled(differentiable or at_step):
             logits, loss = functional(point, y)
             if at_step:
@@ -40,7 +40,7 @@ class LossOnly(GraphEngine):
                     _, loss = functional(step, y)
         found = functional.leaves(loss, inputs=(point,)) if differentiable else []
         made = evaluation(logits, loss, torch.zeros_like(loss), found)
-        return made._replace(state=State(functional, made.state))
+        return made._replace(state=State(functional, made.state), step=step)
 
     def backward(  # type: ignore[override]
         self, state: State, w_loss: Tensor | None, w_penalty: Tensor | None, *, retain: bool

@@ -178,9 +178,9 @@ def test_a_training_forward_in_between_changes_no_gradient(watched: tuple) -> No
         assert relative(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("engine", ["compile", "first_order", "cuda_graph"])
+@pytest.mark.parametrize("engine", ["compile", "first_order"])
 def test_other_engines_say_so(watched: tuple, engine: str) -> None:
-    with pytest.raises(ValueError, match=f"must have an engine among 'auto', 'eager', 'reference', got '{engine}'"):
+    with pytest.raises(ValueError, match=f"among 'auto', 'eager', 'cuda_graph', 'reference', got '{engine}'"):
         curvature(*watched, batch_stats="train", engine=engine)
 
 

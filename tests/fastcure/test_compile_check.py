@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import curvature
-from fastcure._functional import FunctionalLoss, cross_entropy, evaluation_mode
+from fastcure._functional import cross_entropy, evaluation_mode
 from fastcure.engines import ENGINES, Evaluation, Request
 from fastcure.engines.compile import Compile
 from fastcure.engines.compile_check import check
@@ -63,7 +63,7 @@ def test_compiled_networks_pass_in_float32(name: str) -> None:
 
 
 def requested(case: Case, **options: object) -> Request:
-    return Request(FunctionalLoss(case.model, cross_entropy), case.x, case.y, **{"h": 0.7, **options})
+    return Request(case.model, cross_entropy, case.x, case.y, **{"h": 0.7, **options})
 
 
 def rounded_otherwise(request: Request, x: Tensor) -> tuple[Evaluation, Tensor]:

@@ -328,3 +328,27 @@ def test_modes_see_the_functions_that_have_no_second_derivative(name: str) -> No
     with Mode():
         getattr(nn, name.replace("hards", "Hards"))()(torch.ones(2))
     assert {getattr(F, name), getattr(compat, f"{name}_in_c")} & {*seen}
+
+
+@breaks("gradients of parts of a batch, and copies of buffers, would be wrong")
+def test_lists_of_tensors_are_copied_and_added() -> None:
+    a, b = [torch.ones(2), torch.zeros(3)], [torch.arange(2.0), torch.arange(3.0)]
+    added = compat.foreach_add(a, b)
+    assert [t.tolist() for t in added] == [[1, 2], [0, 1, 2]]
+    compat.foreach_copy(a, b)
+    assert all(map(torch.equal, a, b))
+
+
+@breaks("a replayed step would pass by modes and hooks of saved tensors")
+def test_who_listens_is_known() -> None:
+    assert not compat.somebody_listens()
+    with TorchFunctionMode():
+        assert compat.somebody_listens()
+    with compat.TorchDispatchMode():
+        assert compat.somebody_listens()
+    with torch.autograd.graph.save_on_cpu():
+        assert compat.somebody_listens()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert compat.somebody_listens()
+    handle.remove()
+    assert not compat.somebody_listens()
