@@ -110,3 +110,12 @@ def test_every_pattern_of_the_mutation_tests_matches_a_file() -> None:
     patterns = [pattern for part in parts.values() for pattern in (*part["sources"], *part["tests"])]
     assert len(patterns) > 30
     assert not [pattern for pattern in patterns if not list(root.glob(pattern))]
+
+
+def test_every_equivalent_mutation_is_of_code_that_is_there() -> None:
+    root = TESTS.parent
+    entries = tomllib.loads((root / "tests/mutation/equivalents.toml").read_text())["equivalent"]
+    assert len(entries) > 20
+    texts = {entry["file"]: " ".join((root / entry["file"]).read_text().split()) for entry in entries}
+    changes = [(entry["file"], change.split(" -> ")[0]) for entry in entries for change in entry["changes"]]
+    assert not [change for change in changes if " ".join(change[1].split()) not in texts[change[0]]]
