@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -29,16 +30,17 @@ def given() -> dict[str, Any]:
         nn.Flatten(),
         nn.Linear(8, 4),
     )
-    images = torch.rand(2, 4, 3, 16, 16)
+    images = torch.rand(8, 3, 16, 16)
     with torch.no_grad():
-        loader = [(x, model.eval()(x).argmax(1)) for x in images]
+        labels = model.eval()(images).argmax(1)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    x, y = loader[0]
+    x, y = next(iter(loader))
     return {
         "model": model.train(),
         "loader": loader,
         "optimizer": optimizer,
-        "x": x.clone(),
+        "x": x,
         "y": y,
         "criterion": nn.CrossEntropyLoss(),
     }
