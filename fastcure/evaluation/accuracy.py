@@ -84,10 +84,10 @@ def correct(model: nn.Module, x: Tensor, y: Tensor, attack: Attack | None = None
 
     Examples:
         >>> import torch
-        >>> from fastcure.evaluation.accuracy import right
+        >>> from fastcure.evaluation.accuracy import correct
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
         >>> x, y = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1])
-        >>> right(model, x, y).shape, right(model, x, y).dtype
+        >>> correct(model, x, y).shape, correct(model, x, y).dtype
         (torch.Size([5]), torch.bool)
     """
     check_labels(y, len(x), soft=False)
