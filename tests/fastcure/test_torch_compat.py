@@ -193,12 +193,13 @@ def test_wrappers_have_their_attributes() -> None:
     assert compat.FSDP_ATTRIBUTE in compat.WRAPPER_ATTRIBUTES
 
 
-@breaks("folding would lose the padding mode; a method of an instance's own would be passed over")
+@breaks("folding would lose the padding mode, leave out layers without a bias, or pass over a method of an instance")
 def test_convolutions_run_with_other_weights_in_every_padding_mode() -> None:
     layer = nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular")
     x, weight = torch.rand(1, 1, 4, 4), torch.rand(1, 1, 3, 3)
     wanted = F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), weight)
     torch.testing.assert_close(compat.convolve(layer, x, weight, None), wanted)
+    assert {*compat.registered_parameters(nn.Linear(2, 2, bias=False))} == {"weight", "bias"}
     assert hasattr(nn.Conv2d, compat.PARTS_OF_FORWARD[0])
     assert hasattr(nn.BatchNorm2d, compat.PARTS_OF_FORWARD[1])
 
@@ -225,11 +226,6 @@ def test_hooks_are_seen(register: str, everywhere: bool) -> None:
         assert compat.has_hooks(module)
     finally:
         handle.remove()
-
-
-@breaks("layers without a bias would not be folded")
-def test_parameters_that_are_none_are_registered() -> None:
-    assert {*compat.registered_parameters(nn.Linear(2, 2, bias=False))} == {"weight", "bias"}
 
 
 @breaks("gradients that are not averaged would go unseen (tests/distributed has the whole)")
