@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from methods import Recipe
 from record import FOLDER, context
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import Sizes, few, full, long, normal, smooth
+from robustness_grid import Sizes, few, full, long, smooth, standard
 from robustness_plot import draw
-from robustness_run import Run, Setting
+from robustness_recipe import Recipe, Setting
+from robustness_run import Run
 from robustness_summary import summary
 from robustness_table import KEY, MAY_DIFFER, Row, Table
 
@@ -44,12 +44,8 @@ GAMMAS = {
     "CURE train": (1.0, 0.3, 3.0),
     "CURE at FGSM": (0.1, 0.3),
     "CURE at FGSM, train": (0.1, 0.3),
-    "CURE at FGSM-RS, train": (0.1, 0.3),
-    "CURE + FGSM-RS": (0.1, 0.3),
-    "CURE/4 + FGSM-RS": (0.1, 0.3),
     "CURE/4 train": (1.0, 0.3),
     "CURE/4 at FGSM, train": (0.1, 0.3),
-    "CURE/4 at FGSM-RS, train": (0.1, 0.3),
     "input gradient": (1.0, 0.1),
     "TRADES-2": (3.0, 6.0),
     "CURE first order": (1.0, 0.3),
@@ -58,7 +54,7 @@ GAMMAS = {
 CPU = Sizes(
     Setting("fashion-mnist", "resnet8", 12 / 255, 3000, 500, 500, 64, 100),
     budgets=(17.0, 34.0, 85.0),
-    normal_epochs=10,
+    standard_epochs=10,
     rates=(3e-3, 1e-2, 3e-2),
     gammas=GAMMAS,
     steps=(0.5, 1.5),
@@ -81,7 +77,7 @@ SMOOTH = dataclasses.replace(CPU, setting=dataclasses.replace(CPU.setting, model
 GPU = Sizes(
     Setting("cifar10", "resnet18", 8 / 255, 0, 1000, 10000, 128, 1000),
     budgets=(85.0, 255.0, 510.0),
-    normal_epochs=30,
+    standard_epochs=30,
     rates=(1e-3, 1e-4, 3e-4),
     gammas=GAMMAS | {"CURE frozen": (4.0, 1.0, 12.0)},
     steps=(0.5, 0.72, 1.5),
@@ -90,7 +86,7 @@ GPU = Sizes(
 TINY = Sizes(
     Setting("digits", "resnet8", 0.1, 64, 32, 32, 32, 8),
     budgets=(17.0, 17.0, 17.0),
-    normal_epochs=1,
+    standard_epochs=1,
     rates=(3e-3,),
     gammas={label: gammas[:1] for label, gammas in GAMMAS.items()},
     steps=(),
@@ -122,7 +118,7 @@ class Study:
         self.sizes, self.images, self.table, self.device, self.cache = sizes, images, table, device, cache
         self.began = time.monotonic()
         for seed in (0, *sizes.seeds):
-            self.run(normal(sizes), seed, "start")
+            self.run(standard(sizes), seed, "start")
 
     def run(self, recipe: Recipe, seed: int, stage: str) -> None:
         """Do a run, unless its row is there."""
@@ -155,8 +151,8 @@ class Study:
         """Return a run, with the one that it starts from."""
         options = (self.images, self.device, self.cache)
         start = None
-        if recipe.start == "normal":
-            start = Run(normal(self.sizes), self.sizes.setting, seed, None, *options)
+        if recipe.start == "standard":
+            start = Run(standard(self.sizes), self.sizes.setting, seed, None, *options)
         return Run(recipe, self.sizes.setting, seed, start, *options)
 
     def _put(self, run: Run, found: dict[str, object]) -> None:
@@ -181,13 +177,13 @@ def line(row: Row) -> str:
 
 def recipe_of(row: Row) -> Recipe:
     """Return the recipe of a row."""
-    kinds = {"int": int, "float": float, "str": str, "bool": lambda text: text == "True"}
+    kinds = {"int": int, "float": float, "str": str}
     fields = dataclasses.fields(Recipe)
     return Recipe(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields})
 
 
 def check_row(study: Study, number: int) -> list[str]:
-    """Do the run of a row again, from the normal network on; return the columns that differ, of those that must not."""
+    """Do the run of a row again, from standard training on; return the columns that differ, of those that must not."""
     row = study.table.rows[number - 1]
     run = study.made(recipe_of(row), int(row["seed"]))
     if any(row[name] != run.key[name] for name in KEY):

@@ -22,7 +22,7 @@ class Images(NamedTuple):
     """What a run sees; images uint8 `(N, C, H, W)`, labels `(N,)`."""
 
     name: str
-    classes: int
+    num_classes: int
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     """Held out of the training set, its last images."""
@@ -30,8 +30,8 @@ class Images(NamedTuple):
     augment: Augment | None
 
     @property
-    def values(self) -> int:
-        """Input values of an image."""
+    def numel(self) -> int:
+        """Numbers of an image."""
         return self.train[0][0].numel()
 
     @property

@@ -11,53 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from methods import Recipe
-from robustness_run import Setting
-
-COST = {
-    "standard": 3.0,
-    "FGSM": 5.0,
-    "FGSM-RS": 5.0,
-    "PGD-2": 7.0,
-    "PGD-7": 17.0,
-    "PGD-10": 23.0,
-    "input gradient": 6.2,
-    "TRADES-2": 11.0,
-    "CURE frozen": 12.0,
-    "CURE split": 15.0,
-    "CURE train": 12.0,
-    "CURE at FGSM": 12.0,
-    "CURE at FGSM, train": 12.0,
-    "CURE at FGSM-RS, train": 12.0,
-    "CURE + FGSM-RS": 17.0,
-    "CURE first order": 16.0,
-    "CURE/4 + FGSM-RS": 8.0,
-    "CURE/4 train": 5.25,
-    "CURE/4 at FGSM, train": 6.75,
-    "CURE/4 at FGSM-RS, train": 6.75,
-}
-"""F a sample, by which a budget is turned into epochs; a row has the counted one."""
+from robustness_recipe import Recipe, Setting
+from torch import nn
 
 KIND: dict[str, dict[str, Any]] = {
-    "standard": {"method": "standard"},
-    "FGSM": {"method": "adversarial"},
-    **{
-        name: {"method": "adversarial", "steps": n}
-        for name, n in [("FGSM-RS", 1), ("PGD-2", 2), ("PGD-7", 7), ("PGD-10", 10)]
-    },
-    "input gradient": {"method": "input-gradient"},
-    "TRADES-2": {"method": "trades", "steps": 2},
-    **{f"CURE {mode}": {"method": "cure", "batch_stats": mode} for mode in ("frozen", "split", "train")},
-    "CURE at FGSM": {"method": "cure", "batch_stats": "frozen", "mix": 1.0},
-    "CURE at FGSM, train": {"method": "cure", "mix": 1.0},
-    "CURE at FGSM-RS, train": {"method": "cure", "mix": 1.0, "noise": 1.0},
-    "CURE + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1},
-    "CURE/4 + FGSM-RS": {"method": "cure+adversarial", "batch_stats": "split", "steps": 1, "fraction": 0.25},
-    "CURE first order": {"method": "cure", "batch_stats": "frozen", "engine": "first_order"},
-    "CURE/4 train": {"method": "cure", "fraction": 0.25},
-    "CURE/4 at FGSM, train": {"method": "cure", "fraction": 0.25, "mix": 1.0},
-    "CURE/4 at FGSM-RS, train": {"method": "cure", "fraction": 0.25, "mix": 1.0, "noise": 1.0},
+    "standard": {"objective": "standard"},
+    "FGSM": {"objective": "fgsm"},
+    "FGSM-RS": {"objective": "fgsm-rs"},
+    **{f"PGD-{n}": {"objective": "pgd", "steps": n} for n in (2, 7, 10)},
+    "input gradient": {"objective": "input-gradient"},
+    "TRADES-2": {"objective": "trades", "steps": 2},
+    **{f"CURE {mode}": {"objective": "cure", "batch_stats": mode} for mode in ("frozen", "split", "train")},
+    "CURE at FGSM": {"objective": "cure", "batch_stats": "frozen", "loss_at": "step"},
+    "CURE at FGSM, train": {"objective": "cure", "loss_at": "step"},
+    "CURE first order": {"objective": "cure", "batch_stats": "frozen", "engine": "first_order"},
+    "CURE/4 train": {"objective": "cure", "fraction": 0.25},
+    "CURE/4 at FGSM, train": {"objective": "cure", "fraction": 0.25, "loss_at": "step"},
 }
+FIRST_ORDER = 16.0
+"""F a sample of the first-order engine; of exact ones the objective knows."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +39,7 @@ class Sizes:
     setting: Setting
     budgets: tuple[float, float, float]
     """F an image for all epochs together: a low one, the one of the search, a high one."""
-    normal_epochs: int
+    standard_epochs: int
     rates: tuple[float, ...]
     """Peak learning rates to choose from, the likeliest first."""
     gammas: dict[str, tuple[float, ...]]
@@ -98,10 +70,7 @@ MAIN = (
     *("standard", "CURE frozen", "CURE train", "CURE at FGSM, train", "CURE/4 at FGSM, train", "FGSM", "FGSM-RS"),
     *("PGD-2", "PGD-7"),
 )
-OTHERS = (
-    *("CURE/4 train", "CURE/4 at FGSM-RS, train", "CURE at FGSM-RS, train", "CURE/4 + FGSM-RS", "TRADES-2"),
-    *("CURE split", "CURE at FGSM", "CURE + FGSM-RS", "input gradient"),
-)
+OTHERS = ("CURE/4 train", "TRADES-2", "CURE split", "CURE at FGSM", "input gradient")
 CURVES = tuple(label for label in MAIN if label != "standard")
 SCRATCH = (*MAIN, "CURE split", "input gradient", "PGD-10")
 
@@ -169,9 +138,9 @@ def repeated(study: Study, labels: Sequence[str], sizes: Sizes) -> None:
             study.run(study.best(label), seed, "seed")
 
 
-def normal(sizes: Sizes) -> Recipe:
-    """The normally trained network, from which the others start."""
-    return Recipe("normal", "standard", sizes.normal_epochs, rate(sizes.rates[0]), start="scratch")
+def standard(sizes: Sizes) -> Recipe:
+    """Standard training, from whose network the others start."""
+    return Recipe("start", "standard", sizes.standard_epochs, rate(sizes.rates[0]), start="scratch")
 
 
 def first(label: str, sizes: Sizes) -> Recipe:
@@ -205,28 +174,16 @@ def ablations(best: Recipe, sizes: Sizes) -> list[Recipe]:
         "constant gamma": {"gamma": f"{gamma:g}"},
         "gamma in three steps": {"gamma": f"{gamma / 3:g}x50%,{2 * gamma / 3:g}x25%,{gamma:g}"},
         "h ramped": {"h": f"{h / 10:g}:{h:g}x50%,{h:g}"},
-        "noise first": {"noise": 1.0},
-        "adaptive gamma 0.5": {"adaptive": True, "gamma": ramp(0.5)},
-        "adaptive gamma 2": {"adaptive": True, "gamma": ramp(2.0)},
         **{f"power 1, gamma x {f:g}": {"power": 1, "gamma": ramp(f * gamma)} for f in (1.0, 0.3)},
-        "half at FGSM": {"mix": 0.5},
-        "FGSM and noise": {"mix": 1.0, "noise": 1.0},
         "fraction 1/4": {"fraction": 0.25},
-        "every 4th": {"every": 4},
         "first order": {"engine": "first_order"},
     }
-    cost = {"fraction 1/4": 5.3, "every 4th": 5.3, "first order": 16.0}
-    return [
-        at(replace(best, label=f"CURE: {name}", **change), sizes.budgets[1], cost.get(name, 12.0))
-        for name, change in changes.items()
-    ]
+    return [at(replace(best, label=f"CURE: {name}", **change), sizes.budgets[1]) for name, change in changes.items()]
 
 
 def shares(best: Recipe, sizes: Sizes) -> list[Recipe]:
     """The penalty on other shares of each batch than a quarter, with the loss at the FGSM point."""
-    return [
-        at(replace(best, label=f"CURE/{n} at FGSM, train", fraction=1 / n), sizes.budgets[1], 5 + 7 / n) for n in (8, 2)
-    ]
+    return [at(replace(best, label=f"CURE/{n} at FGSM, train", fraction=1 / n), sizes.budgets[1]) for n in (8, 2)]
 
 
 def from_scratch(best: Recipe, sizes: Sizes) -> Recipe:
@@ -235,9 +192,14 @@ def from_scratch(best: Recipe, sizes: Sizes) -> Recipe:
     return replace(at(best, sizes.budgets[2]), label=f"{best.label}, from scratch", start="scratch", h=h)
 
 
-def at(recipe: Recipe, budget: float, cost: float | None = None) -> Recipe:
+def at(recipe: Recipe, budget: float) -> Recipe:
     """Give a recipe the epochs that a budget pays for."""
-    return replace(recipe, epochs=max(1, round(budget / (cost or COST[recipe.label]))))
+    return replace(recipe, epochs=max(1, round(budget / cost(recipe))))
+
+
+def cost(recipe: Recipe) -> float:
+    """F a sample, by which a budget is turned into epochs; a row has the counted one."""
+    return FIRST_ORDER if recipe.engine == "first_order" else recipe.make(nn.Identity()).cost
 
 
 def rate(top: float) -> str:

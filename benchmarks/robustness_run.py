@@ -7,17 +7,17 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import Moment, Recipe, gradients
 from robustness_data import Images, as_floats
+from robustness_recipe import NETWORKS, Recipe, Setting
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastcure import eps_to_h, prepare
@@ -27,28 +27,14 @@ from fastcure.analysis import curvature_along_gradient, frobenius_norm
 from fastcure.attacks import autoattack, margin_loss, pgd
 from fastcure.data import Loader
 from fastcure.evaluation.checklist import masking_checklist
-from fastcure.models import MODELS, resnet8
 from fastcure.profiling.flops import FlopCounter
-from fastcure.training.schedule import parse_schedule
+from fastcure.training.epoch import train_steps
+from fastcure.training.optimizer import make_optimizer
+from fastcure.training.ranks import Ranks
+from fastcure.training.tally import Tally
 
 Columns = dict[str, Any]
 RESTARTS, FOLLOWED, MEASURED = 5, 128, 200
-NETWORKS: dict[str, Callable[..., nn.Module]] = {**MODELS, "resnet8-gelu": partial(resnet8, activation=F.gelu)}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of a grid share."""
-
-    dataset: str
-    model: str
-    eps: float
-    train: int
-    validation: int
-    test: int
-    batch_size: int
-    autoattack_images: int
-    """The first of the test images; AutoAttack sees no others."""
 
 
 class Run:
@@ -58,7 +44,7 @@ class Run:
         recipe: how to train.
         setting: on what.
         seed: of initial weights, order, augmentation, noise and attacks.
-        normal: the run whose network is the start, for a recipe that starts from one.
+        start: the run of standard training whose network is the start, for a recipe that starts from one.
         cache: folder of trained weights; None to train whatever is there.
         images, device: as they say.
     """
@@ -68,14 +54,16 @@ class Run:
         recipe: Recipe,
         setting: Setting,
         seed: int,
-        normal: Run | None,
+        start: Run | None,
         images: Images,
         device: torch.device,
         cache: Path | None,
     ) -> None:
-        if (normal is None) != (recipe.start == "scratch"):
-            raise ValueError(f"a run from the normal network, and no other, needs that: got start={recipe.start!r}")
-        self.recipe, self.setting, self.seed, self.normal = recipe, setting, seed, normal
+        if (start is None) != (recipe.start == "scratch"):
+            raise ValueError(
+                f"a run from the network after standard training, and no other, needs that: got start={recipe.start!r}"
+            )
+        self.recipe, self.setting, self.seed, self.start = recipe, setting, seed, start
         self.images, self.device, self.cache = images, device, cache
 
     @property
@@ -97,12 +85,12 @@ class Run:
         with evaluation_mode(model):
             adv = autoattack(model, x, y, self.setting.eps, generator=self._generator())
             with torch.no_grad():
-                left, right = (int((model(images).argmax(1) == y).sum()) for images in (adv, x))
+                left, correct = (int((model(images).argmax(1) == y).sum()) for images in (adv, x))
         margin = self._survivors(model, (x, y), steps=20, restarts=RESTARTS, loss_fn=margin_loss)
         columns: Columns = {"autoattack": left / n, "margin20x5_subset": float(margin.double().mean())}
-        if not right:
-            return {**columns, "checklist": "no image is classified rightly"}
-        surrogate = self.normal.trained()[0] if self.normal else None
+        if not correct:
+            return {**columns, "checklist": "no image is classified correctly"}
+        surrogate = self.start.trained()[0] if self.start else None
         options: Columns = {"surrogate": surrogate, "steps": 20, "samples": 16, "generator": self._generator()}
         items = masking_checklist(model, x, y, self.setting.eps, **options)
         failed = [item.name for item in items if item.passed is False]
@@ -131,43 +119,40 @@ class Run:
 
     def started(self) -> nn.Module:
         """Return the network before training."""
-        return self.normal.trained()[0] if self.normal else self._built()
+        return self.start.trained()[0] if self.start else self._built()
 
     def _built(self) -> nn.Module:
         torch.manual_seed(self.seed)
         mean, std = self.images.moments
         channels = self.images.train[0].shape[1]
-        model = NETWORKS[self.setting.model](self.images.classes, channels, mean, std)
+        model = NETWORKS[self.setting.model](self.images.num_classes, channels, mean, std)
         model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return prepare(model, self._part(self.images.train, 1)[0])
 
     def _train(self, model: nn.Module) -> Columns:
         recipe, setting = self.recipe, self.setting
         cost = self.cost(copy.deepcopy(model))
-        schedules = {name: parse_schedule(name, getattr(recipe, name), recipe.epochs) for name in ("lr", "gamma", "h")}
-        order = torch.Generator().manual_seed(self.seed)
         x, y = self.images.train
+        order = torch.Generator().manual_seed(self.seed)
         augment = self.images.augment
         loader = Loader(x, y, setting.batch_size, device=self.device, augment=augment, generator=order)
-        optimizer = torch.optim.Adam(model.parameters())
-        noise, step, seconds = self._generator(), 0, 0.0
-        followed: list[float] = []
-        penalties: list[float] = []
+        objective, tally = recipe.make(model), Tally(self.device)
+        objective.generator = self._generator()
+        schedules = recipe.schedules(setting.eps, self.images.numel)
+        optimizer = make_optimizer(model.parameters())
+        seconds, followed, penalties = 0.0, list[float](), list[float]()
         title = f"{recipe.label} {self.seed}"
         for epoch in tqdm(range(recipe.epochs), title, leave=False, unit="epoch", disable=None):
-            began, seen = time.perf_counter(), list[float]()
-            for index, (batch, labels) in enumerate(loader):
-                now = epoch + index / len(loader)
-                for group in optimizer.param_groups:
-                    group["lr"] = schedules["lr"].at(now)
-                h = eps_to_h(schedules["h"].at(now) * setting.eps, self.images.values)
-                moment = Moment(step, setting.eps, schedules["gamma"].at(now), h, noise)
-                batch = batch.contiguous(memory_format=torch.channels_last)
-                seen.append(gradients(model, batch, labels, recipe, moment))
-                optimizer.step()
-                step += 1
+            began = time.perf_counter()
+            tally.clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the first-order engine says of kinks is what is measured here
+                for _ in train_steps(
+                    *(objective, self._batches(loader, epoch), optimizer, schedules, tally, Ranks(self.device))
+                ):
+                    pass
+            penalties.append(tally.result().penalty)
             seconds += time.perf_counter() - began
-            penalties.append(sum(seen) / len(seen))
             robust = self._survivors(model, self._part(self.images.validation, FOLLOWED), steps=10, restarts=1)
             followed.append(float(robust.float().mean()))
         images = recipe.epochs * len(y)
@@ -180,16 +165,23 @@ class Run:
             "penalties": " ".join(f"{value:.4g}" for value in penalties),
         }
 
+    def _batches(self, loader: Loader, epoch: int) -> Iterator[tuple[int, float, tuple[Tensor, Tensor]]]:
+        for index, (x, y) in enumerate(loader):
+            yield index, epoch + index / len(loader), (x.contiguous(memory_format=torch.channels_last), y)
+
     def cost(self, model: nn.Module) -> float:
-        """Count the forward passes that a sample's training takes, a mean over the steps that differ."""
-        recipe = self.recipe
+        """Count the forward passes that a sample's training takes."""
         x, y = self._part(self.images.train, self.setting.batch_size)
+        objective = self.recipe.make(model.train())
         with torch.no_grad(), FlopCounter() as forward:
             model(x)
-        with FlopCounter() as counter:
-            for step in range(recipe.every):
-                gradients(model, x, y, recipe, Moment(step, self.setting.eps, 1.0, 1.0, self._generator()))
-        return counter.total / forward.total / recipe.every
+        with warnings.catch_warnings(), FlopCounter() as counter:
+            warnings.simplefilter("ignore")
+            for name, schedule in self.recipe.schedules(self.setting.eps, self.images.numel).items():
+                if name != "lr":
+                    setattr(objective, name, schedule.segments[-1].stop)
+            objective(x, y).total.backward()
+        return counter.total / forward.total
 
     def _measured(self, model: nn.Module, start: nn.Module) -> Columns:
         validation, test = self._part(self.images.validation), self._part(self.images.test)
@@ -208,7 +200,7 @@ class Run:
     def _curvature(self, model: nn.Module) -> dict[str, str]:
         """Means over validation images: ||Hz|| exact, and by the step of eps; ||H||_F by that step."""
         x, y = self._part(self.images.validation, MEASURED)
-        finite: Columns = {"method": "finite", "h": eps_to_h(self.setting.eps, self.images.values)}
+        finite: Columns = {"method": "finite", "h": eps_to_h(self.setting.eps, self.images.numel)}
         means = {
             "hz_exact": curvature_along_gradient(model, x, y).value,
             "hz": curvature_along_gradient(model, x, y, **finite).value,
@@ -224,7 +216,7 @@ class Run:
         restarts: int = 0,
         loss_fn: LossFn = cross_entropy,
     ) -> Tensor:
-        """Return which images `(N,)` are classified rightly under every start of PGD on a loss.
+        """Return which images `(N,)` are classified correctly under every start of PGD on a loss.
 
         A start attacks only those that the starts before it left, which changes no accuracy.
         """

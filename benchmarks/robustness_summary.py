@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from methods import Recipe
 from robustness_grid import MAIN
+from robustness_recipe import Recipe
 from robustness_table import Row
 
 INTRODUCTION = """\
@@ -118,7 +118,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
             ("run", "F a sample", "epochs", "clean", "PGD-20 x 5"),
             ([r["label"], f"{float(r['cost']):.1f}", r["epochs"], *percent(r, "clean", "pgd20x5")] for r in others),
         )
-    trained = [row for row in rows if row["method"] != "standard"]
+    trained = [row for row in rows if row["objective"] != "standard"]
     if len(trained) > 2:
         yield correlation(trained)
     longest = [row for row in rows if row["stage"] == "budget" and int(row["epochs"]) > 6]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from methods import Recipe
-from robustness_run import Setting
+from robustness_recipe import Recipe, Setting
 
 from fastcure._writing import csv_bytes, write_whole
 

@@ -1,28 +1,25 @@
 """The robustness study on toy sizes: its steps compute what they say, and its rows can be had again."""
 
-import copy
 import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import methods
 import numpy as np
 import pytest
 import torch
-from methods import Moment, Recipe, gradients
 from PIL import Image
 from robustness import TINY, Study, check_row, recipe_of
 from robustness_data import JPEG, Images, read_images
-from robustness_grid import COST, KIND, MAIN, first, full, long, peak, smooth
+from robustness_grid import KIND, MAIN, cost, first, full, long, peak, smooth
 from robustness_plot import draw
+from robustness_recipe import Recipe
 from robustness_run import Run
 from robustness_summary import correlation, overview, ranked, summary
 from robustness_table import COLUMNS, Row, Table
 
-from fastcure import CURE, reference
-from fastcure._functional import ModelWithLoss, cross_entropy
-from fastcure.models import build
+from fastcure import CURE, eps_to_h
+from fastcure.data import Loader
 
 CPU = torch.device("cpu")
 
@@ -32,110 +29,41 @@ def images() -> Images:
     return read_images("digits", "data", None, 64, 32, 32)
 
 
-@pytest.fixture
-def batch() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    model, x = build("resnet8", channels=1), torch.rand(8, 1, 12, 12)
-    model(x)  # running statistics that are not the initial ones
-    return model, x, torch.arange(8)
-
-
-def moment(**changes: float) -> Moment:
-    return Moment(0, 0.1, 0.7, 1.2, torch.Generator().manual_seed(0))._replace(**changes)  # type: ignore[arg-type]
-
-
-def found(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-@pytest.mark.parametrize("batch_stats", ["frozen", "split", "train"])
-def test_the_step_is_that_of_the_library(batch: tuple, batch_stats: str) -> None:
-    model, x, y = batch
-    other = copy.deepcopy(model)
-    CURE(other, 1.2, 0.7, batch_stats=batch_stats)(x, y).total.backward()  # type: ignore[arg-type]
-    gradients(model, x, y, Recipe("", "cure", 1, "1", batch_stats=batch_stats), moment())
-    assert torch.equal(found(model), found(other))
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
-
-
-def test_a_loss_at_fgsm_is_that_of_the_library(batch: tuple) -> None:
-    model, x, y = batch
-    other = copy.deepcopy(model)
-    CURE(other, 1.2, 0.7, batch_stats="train", loss_at="step")(x, y).total.backward()
-    gradients(model, x, y, Recipe("", "cure", 1, "1", mix=1.0), moment())
-    assert torch.equal(found(model), found(other))
-
-
-def test_in_training_mode_it_is_that_of_the_reference_and_updates_buffers_once(batch: tuple) -> None:
-    model, x, y = batch
-    other, once = copy.deepcopy(model), copy.deepcopy(model)
-    once(x)
-    _, loss, penalty = reference.curvature(ModelWithLoss(other, cross_entropy), x, y, 1.2)
-    (loss + 0.7 * penalty).mean().backward()
-    gradients(model, x, y, Recipe("", "cure", 1, "1"), moment())
-    torch.testing.assert_close(found(model), found(other), rtol=1e-3, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), once.buffers(), strict=True))
-
-
-def test_the_loss_at_the_second_point_is_the_loss_there(batch: tuple) -> None:
-    model, x, y = batch
-    other = copy.deepcopy(model).eval()
-    point = x.clone().requires_grad_()
-    (g,) = torch.autograd.grad(cross_entropy(other(point), y).sum(), point)
-    cross_entropy(other(x + 1.2 * reference.unit_sign(g)), y).mean().backward()
-    gradients(model, x, y, Recipe("", "cure", 1, "1", batch_stats="frozen", mix=1.0), moment(gamma=0.0))
-    torch.testing.assert_close(found(model), found(other), rtol=1e-4, atol=1e-6)
-
-
-def test_a_penalty_on_a_share_is_that_of_the_library(batch: tuple) -> None:
-    model, x, y = batch
-    other = copy.deepcopy(model)
-    CURE(other, 1.2, 0.7, batch_stats="train", loss_at="step", fraction=0.25)(x, y).total.backward()
-    gradients(model, x, y, Recipe("", "cure", 1, "1", mix=1.0, fraction=0.25), moment())
-    assert torch.equal(found(model), found(other))
-
-
-def test_a_penalty_at_every_fourth_step_is_unbiased(batch: tuple) -> None:
-    model, x, y = batch
-    recipe = Recipe("", "cure", 1, "1", batch_stats="frozen")
-    gradients(model, x, y, recipe, moment())
-    whole, every = found(model), []
-    for step in range(4):
-        gradients(model, x, y, dataclasses.replace(recipe, every=4), moment(step=step))
-        every.append(found(model))
-    torch.testing.assert_close(sum(every) / 4, whole, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("label", KIND)
 def test_the_budget_knows_what_a_step_costs(images: Images, label: str) -> None:
-    run = Run(dataclasses.replace(first(label, TINY), start="scratch"), TINY.setting, 0, None, images, CPU, None)
-    assert run.cost(run.started()) == pytest.approx(COST[label], rel=0.02)
+    recipe = dataclasses.replace(first(label, TINY), start="scratch")
+    run = Run(recipe, TINY.setting, 0, None, images, CPU, None)
+    assert run.cost(run.started()) == pytest.approx(cost(recipe), rel=0.02)
 
 
-def test_trades_is_its_definition(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, y = batch
-    model.double()
-    x = x.double()
-    adv = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
-    monkeypatch.setattr(methods, "attacked", lambda *_: adv)
-    other = copy.deepcopy(model).eval()
-    p, q = other(x).softmax(1), other(adv).softmax(1)
-    divergence = (p * (p.log() - q.log())).sum(1).mean()
-    (-other(x).log_softmax(1)[range(8), y].mean() + 0.7 * divergence).backward()
-    said = gradients(model, x, y, Recipe("", "trades", 1, "1", batch_stats="frozen", steps=2), moment())
-    assert said == pytest.approx(float(divergence.detach()), rel=1e-9)
-    torch.testing.assert_close(found(model), found(other), rtol=1e-7, atol=1e-10)
+def test_a_step_of_a_run_is_that_of_the_objective(images: Images) -> None:
+    """Two steps of CURE and Adam by hand, with the schedules of the recipe."""
+    recipe = Recipe("", "cure", 1, "0.01:0.02", start="scratch", gamma="0.5:1", h="0.5", loss_at="step")
+    run = Run(recipe, TINY.setting, 0, None, images, CPU, None)
+    model = run.started()
+    cure = CURE(model, h=0.5 * eps_to_h(0.1, images.numel), batch_stats="train", loss_at="step", engine="eager")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    loader = Loader(*images.train, 32, augment=images.augment, generator=torch.Generator().manual_seed(0))
+    model.train()
+    for x, y, lr, gamma in [(*batch, 0.01 * (1 + i / 2), 0.5 * (1 + i / 2)) for i, batch in enumerate(loader)]:
+        optimizer.param_groups[0]["lr"], cure.gamma = lr, gamma
+        optimizer.zero_grad()
+        cure(x.contiguous(memory_format=torch.channels_last), y).total.backward()
+        optimizer.step()
+    trained, _ = run.trained()
+    for found, wanted in zip(trained.state_dict().values(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"method must be one of .*, got 'magic'"):
-        Recipe("", "magic", 1, "1")
-    with pytest.raises(ValueError, match="a penalty at some steps needs batch_stats='frozen', got 'train'"):
-        Recipe("", "cure", 1, "1", every=2)
-    with pytest.raises(ValueError, match=r"a penalty on some samples is that of fastcure.CURE, which knows no Recipe"):
-        Recipe("", "cure", 1, "1", fraction=0.5, mix=0.5)
-    with pytest.raises(ValueError, match="batch_stats='split' needs mix=0"):
-        Recipe("", "cure", 1, "1", batch_stats="split", mix=0.5)
+def test_settings_that_mean_nothing_are_refused(images: Images) -> None:
+    for objective, options, message in [
+        ("magic", {}, "magic"),
+        ("standard", {"batch_stats": "split"}, "batch_stats must be 'train' or 'frozen' for Standard"),
+        ("cure", {"batch_stats": "split", "loss_at": "step"}, "loss_at='step' must have"),
+        ("pgd", {}, "steps must be a whole number >= 1"),
+    ]:
+        with pytest.raises((ValueError, KeyError), match=message):
+            Recipe("", objective, 1, "1", **options).make(torch.nn.Identity())
 
 
 def test_a_run_is_done_once_and_again_gives_the_same_row(images: Images, tmp_path: Path) -> None:
@@ -146,7 +74,7 @@ def test_a_run_is_done_once_and_again_gives_the_same_row(images: Images, tmp_pat
     written = table.path.read_bytes()
     study = Study(TINY, images, Table(table.path), CPU, tmp_path / "cache")
     study.run(recipe, 0, "search")
-    assert len(study.table.rows) == 2  # the normal network and this
+    assert len(study.table.rows) == 2  # standard training and this
     assert table.path.read_bytes() == written
     assert recipe_of(study.table.rows[1]) == recipe
     again = Study(TINY, images, study.table, CPU, None)
@@ -268,7 +196,7 @@ def test_the_grid_asks_for_what_it_has_searched() -> None:
     recorder = Recorder()
     for grid in (full, long, smooth):
         grid(recorder, dataclasses.replace(TINY, seeds=(1,)))
-    assert recorder.searched.keys() == COST.keys()
+    assert recorder.searched.keys() == KIND.keys()
     assert all(peak(recipe.lr) > 0 for recipe, _ in recorder.runs)
 
 
