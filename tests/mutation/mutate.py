@@ -334,7 +334,7 @@ def table() -> str:
     """Return what the last runs of all parts found, a row a part."""
     harmless = equivalents()
     rows = [
-        "| part | tried | noticed | equivalent | left | noticed, of those that are no equivalents |",
+        "| part | tried | noticed | equivalent | left | noticed, of those that are not equivalent |",
         "| --- " * 6 + "|",
     ]
     total: Counter[str] = Counter()
