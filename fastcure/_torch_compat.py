@@ -43,6 +43,11 @@ def backward_retains_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def backward_id() -> int:
+    """Return a number of the backward that runs now, which no other has: what nodes leave for each other is of one."""
+    return torch._C._current_graph_task_id()
+
+
 def version(tensor: Tensor) -> int:
     """Return how often `tensor` was changed in place: autograd's own check comes with its backward, too late."""
     return tensor._version

@@ -2,19 +2,12 @@
 
 By given statistics it is an affine map of each channel, `s x + t`, and its double backward a few products.
 
-By the batch's, with n values a channel, mean m, inverse deviation r, xh = r (x - m), weight s, w the gradient at the
-output, and sums over a channel, the gradient at x is
+By the batch's, its passes and their formulas are those of `fastcure_kernels.batch_norm`: kernels on a GPU, elsewhere
+torch's own first derivative and a few operators. torch composes the double backward of some thirty passes.
 
-    q = s r (w - sum(w) / n - xh sum(w xh) / n).
-
-With v the gradient that arrives at q, the double backward gives
-
-    to w:  u = s r (v - sum(v) / n - xh sum(v xh) / n)                             the same map
-    to s:  e = r (sum(v w) - sum(v) sum(w) / n - sum(v xh) sum(w xh) / n)
-    to x:  -(r / n) (sum(w xh) u + sum(v xh) q + r s e (x - m))
-
-torch composes it of some thirty passes over the input; here u and three of the sums are one operator, and the rest is
-one more sum and one combination of three tensors. `instance_norm` is made of `batch_norm` and has these rules as well.
+The last backward reaches x twice, through the gradient that the first one made and through the output. Both are one
+combination of four tensors: the node of the first leaves its operands with that of the second, which runs later, since
+an edge from one to the other makes it wait. `instance_norm` is made of `batch_norm` and has these rules as well.
 """
 
 from __future__ import annotations
@@ -22,8 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fastcure_kernels import batch_norm as passes
 from torch import Tensor
 
+from fastcure._torch_compat import backward_id, engine_will_execute
 from fastcure.rules.passes import refuse_batched, save, saved, wanted
 
 
@@ -44,7 +39,7 @@ def batch_norm(
     if x.dim() < 2 or not x.numel() or any(t.dtype != wide or t.shape != x.shape[1:2] for t in given):
         return NotImplemented
     if training:
-        return _BatchNorm.apply(x, weight, bias, mean, var, momentum, eps)
+        return _BatchNorm.apply(x, weight, bias, mean, var, momentum, eps)[0]
     if mean is None or var is None:
         return NotImplemented
     # A copy: a later forward in training mode changes running statistics in place, without telling autograd.
@@ -57,6 +52,8 @@ RULES = {"batch_norm": batch_norm}
 
 
 class _BatchNorm(torch.autograd.Function):
+    """The output, and an empty tensor by which the nodes of its gradients refer to this one."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -67,57 +64,84 @@ class _BatchNorm(torch.autograd.Function):
         var: Tensor | None,
         momentum: float,
         eps: float,
-    ) -> Tensor:
-        y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-        save(ctx, x, weight, m, r)
-        ctx.eps = eps
-        return y
+    ) -> tuple[Tensor, Tensor]:
+        running = None if mean is None or var is None else (mean, var)
+        y, norm = passes.forward(x, weight, bias, running, momentum, eps)
+        token = x.new_empty(0)
+        dense = None if norm.x is x else norm.x
+        save(ctx, x, weight, token, dense, norm.stats)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.left = eps, {}
+        return y, token
 
     @staticmethod
-    def backward(ctx: Any, w: Tensor) -> tuple[Any, ...]:
-        refuse_batched(w)
-        x, weight, m, r = saved(ctx)
-        want = wanted(ctx, 3)
-        rest = (None,) * 4
-        if not torch.is_grad_enabled():
-            return *_backward(w, x, weight, m, r, ctx.eps, want), *rest
-        # create_graph: the input gradient becomes a node with the rule above.
-        g_x = _InputGradient.apply(w, x, weight, m, r, ctx.eps) if want[0] else None
-        w = w.to(m.dtype)
-        g_weight = (w * _normalised(x.to(m.dtype), ctx.eps)).sum(_all_but_channels(x)) if want[1] else None
-        return g_x, g_weight, w.sum(_all_but_channels(x)) if want[2] else None, *rest
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Any, ...]:
+        x, weight, token, dense, stats = saved(ctx)
+        left = ctx.left.pop(backward_id(), [])
+        if g is not None:
+            refuse_batched(g)
+        if g is not None and torch.is_grad_enabled():
+            # create_graph: the input gradient becomes a node with the rule above.
+            want, sum_of = wanted(ctx, 3), _all_but_channels(x)
+            g_x = _InputGradient.apply(token, g, x, weight, dense, stats, ctx.eps, ctx.left) if want[0] else None
+            w = g.to(stats.dtype)
+            g_weight = (w * _normalised(x.to(w.dtype), ctx.eps)).sum(sum_of) if want[1] else None
+            return g_x, g_weight, w.sum(sum_of) if want[2] else None, None, None, None, None
+        norm = _norm(x, weight, dense, stats)
+        found = [passes.last_backward(norm, g if i == 0 else None, *operands)[:2] for i, operands in enumerate(left)]
+        if not left and g is not None:
+            found = [passes.backward(norm, g)[:2]]
+        if not found:
+            return (None,) * 7
+        g_x, sums = found[0]
+        for more_x, more_sums in found[1:]:
+            g_x, sums = g_x + more_x, sums + more_sums
+        parameters = (
+            total if need else None for total, need in zip(sums.flip(0), ctx.needs_input_grad[1:], strict=False)
+        )
+        return g_x, *parameters, None, None, None, None
 
 
 class _InputGradient(torch.autograd.Function):
     """`q`."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, x: Tensor, weight: Tensor | None, m: Tensor, r: Tensor, eps: float) -> Tensor:
-        q, sum_w_xh, sum_w = _backward(w, x, weight, m, r, eps, [True, True, True])
-        assert q is not None
-        save(ctx, w, x, weight, m, r, q, sum_w_xh, sum_w)
-        ctx.eps = eps
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        w: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        dense: Tensor | None,
+        stats: Tensor,
+        eps: float,
+        left: dict[int, list[tuple[Tensor, ...]]],
+    ) -> Tensor:
+        q, sums, _ = passes.backward(_norm(x, weight, dense, stats), w)
+        save(ctx, w, x, weight, dense, stats, sums)
+        ctx.eps, ctx.left = eps, left
         return q
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        w, x, weight, m, r, q, sum_w_xh, sum_w = saved(ctx)
+        refuse_batched(v)
+        w, x, weight, dense, stats, w_sums = saved(ctx)
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: w may depend on x, and that is not asked for here.
             w, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)
-            inputs = [t for t, want in zip((w, x, weight), ctx.needs_input_grad[:3], strict=True) if want]
-            y = _normalised(x.to(m.dtype), ctx.eps) * (1.0 if weight is None else _as_channels(weight, x))
+            inputs = [t for t, want in zip((w, x, weight), ctx.needs_input_grad[1:4], strict=True) if want]
+            y = _normalised(x.to(stats.dtype), ctx.eps) * (1.0 if weight is None else _as_channels(weight, x))
             (again,) = torch.autograd.grad(y, x, w.to(y.dtype), create_graph=True)
             found = iter(torch.autograd.grad(again, inputs, v, create_graph=True))
-            return *(next(found) if want else None for want in ctx.needs_input_grad[:3]), None, None, None
-        u, sum_v_xh, sum_v = _backward(v, x, weight, m, r, ctx.eps, [True, True, True])
-        assert u is not None
-        n = x.numel() / x.shape[1]
-        e = r * ((v * w).sum(_all_but_channels(x), dtype=r.dtype) - sum_v * sum_w / n - sum_v_xh * sum_w_xh / n)
-        s_e = e if weight is None else weight * e
-        by_u, by_q, by_x = (_as_channels(-r / n * t, x) for t in (sum_w_xh, sum_v_xh, r * s_e))
-        g_x = torch.addcmul(-by_x * m.view_as(by_x), x, by_x).addcmul_(u, by_u).addcmul_(q, by_q)
-        return u, g_x.to(x.dtype), None if weight is None else e, None, None, None
+            return None, *(next(found) if want else None for want in ctx.needs_input_grad[1:4]), *(None,) * 4
+        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats), v, w)
+        if engine_will_execute(ctx.next_functions[0][0]):  # the norm's, which runs after all nodes of its gradients
+            ctx.left.setdefault(backward_id(), []).append((v, w, v_sums, w_sums))
+        return None, u, *(None,) * 6
+
+
+def _norm(x: Tensor, weight: Tensor | None, dense: Tensor | None, stats: Tensor) -> passes.Norm:
+    return passes.Norm(x if dense is None else dense, stats, weight)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
@@ -134,13 +158,3 @@ def _all_but_channels(x: Tensor) -> list[int]:
 def _as_channels(values: Tensor, x: Tensor) -> Tensor:
     """One value a channel `(C,)`, to combine with `x`."""
     return values.view(-1, *[1] * (x.dim() - 2))
-
-
-def _backward(
-    w: Tensor, x: Tensor, weight: Tensor | None, m: Tensor, r: Tensor, eps: float, wanted: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return `q`, `sum(w xh)` and `sum(w)`, each if wanted."""
-    weight = torch.ones_like(m) if weight is None else weight  # without one torch has no sums on a GPU
-    if len(x) == 1:  # in channels_last the stride of the batch is arbitrary, and torch 2.13 then reads other values
-        w, x = w.contiguous(), x.contiguous()
-    return torch.ops.aten.native_batch_norm_backward(w, x, weight, None, None, m, r, True, eps, wanted)

@@ -40,18 +40,25 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x)
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_derivatives(shape: tuple[int, ...], affine: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "affine", "backend"),
+    [*((shape, affine, "auto") for shape in SHAPES for affine in (True, False))]
+    + [((4, 3, 5), False, "triton"), ((2, 3, 3, 2), True, "triton")],
+)
+def test_derivatives(shape: tuple[int, ...], affine: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCURE_BACKEND", backend)
     norm = norm_for(shape, affine=affine)
     inputs = [torch.randn(shape, dtype=torch.float64), *norm.parameters()]
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     function = as_function(norm)
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
+    fast = backend == "triton"  # interpreted: along one random direction
+    assert gradcheck(function, inputs, fast_mode=fast)
+    assert gradgradcheck(function, inputs, fast_mode=fast)
 
 
-def test_third_derivatives() -> None:
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_third_derivatives(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCURE_BACKEND", backend)
     norm = norm_for((3, 2, 2, 2))
     x = torch.randn(3, 2, 2, 2, dtype=torch.float64)
 
@@ -92,6 +99,90 @@ def test_second_derivatives_in_every_layout_and_in_fp32(layout: str) -> None:
     ours = second(norm.float(), lambda x: normalise(norm, x), torch.float32)
     for value, truth in zip(ours, second(wide, wide, torch.float64), strict=True):
         assert relative(value, truth) < rounding(torch.float32, 5 * 6 * 3)
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    centred = x - x.mean((0, 2, 3), keepdim=True)
+    deviation = (centred.square().mean((0, 2, 3), keepdim=True) + eps).sqrt()
+    return centred / deviation * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+def one_norm(dtype: torch.dtype = torch.float64) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """A norm, its inputs and two gradients at its output."""
+    torch.manual_seed(0)
+    norm = norm_for((3, 2, 4, 4)).to(dtype)
+    leaves = [torch.randn(3, 2, 4, 4, dtype=dtype), norm.weight, norm.bias]
+    return norm, [t.detach().requires_grad_() for t in leaves], list(torch.randn(3, 3, 2, 4, 4, dtype=dtype).unbind())
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_several_gradients_of_one_norm_meet_in_one_backward(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCURE_BACKEND", backend)
+    norm, leaves, (w, other, v) = one_norm()
+
+    def objective(function: Any) -> Tensor:
+        y = function(*leaves)
+        first = grad(y, leaves[0], w * y.detach(), create_graph=True)[0]
+        again = grad(y, leaves[0], other, create_graph=True)[0]
+        return (first * v).sum() + (again * first.detach()).sum() + (y**3).sum()
+
+    for ours, truth in zip(
+        grad(objective(as_function(norm)), leaves), grad(objective(plain_norm), leaves), strict=True
+    ):
+        assert relative(ours, truth) < 1e-11
+
+
+def test_a_backward_that_takes_one_path_alone_leaves_nothing_to_the_next() -> None:
+    norm, leaves, (w, other, v) = one_norm()
+    w.requires_grad_()
+
+    def run(function: Any) -> list[Tensor]:
+        y = function(*leaves)
+        (first,) = grad(y, leaves[0], w, create_graph=True)
+        found = list(grad(first, w, v, retain_graph=True))  # stops before the norm
+        with pytest.raises(ZeroDivisionError):
+            (first * v + y * Failing.apply(other.clone().requires_grad_())).sum().backward(retain_graph=True)
+        for leaf in (*leaves, w):
+            leaf.grad = None
+        found += grad(y, leaves, other, retain_graph=True)
+        found += grad(first, leaves[:2], v, retain_graph=True)
+        return found + list(grad((first, y), leaves, (v, other)))
+
+    for ours, truth in zip(run(as_function(norm)), run(plain_norm), strict=True):
+        assert relative(ours, truth) < 1e-11
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (1 / 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_bf16_images_with_fp32_parameters(
+    backend: str, form: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTCURE_BACKEND", backend)
+    norm, leaves, directions = one_norm(torch.bfloat16)
+    norm = norm.float()
+    leaves = [leaves[0].detach().to(memory_format=form).requires_grad_(), norm.weight, norm.bias]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+
+    def run(function: Any, leaves: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        w, other, v = (t.to(dtype).requires_grad_() for t in directions)
+        y = function(*leaves)
+        (first,) = grad(y, leaves[0], w, create_graph=True)
+        return [y, first, *grad(((first, y)), (*leaves, w), (v, other))]
+
+    ours = run(lambda x, *_: normalise(norm, x), leaves, torch.bfloat16)
+    limit = rounding(torch.bfloat16, 48)
+    for value, truth in zip(ours, run(plain_norm, wide, torch.float64), strict=True):
+        assert relative(value.double(), truth) < limit
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,44 @@ def test_a_backward_knows_which_nodes_it_goes_through(module: object) -> None:
     assert Square.notes[which] == [True, True]
 
 
+@breaks("a batch norm would mix operands of two backward passes, or leave out one of its two paths to the input")
+def test_each_backward_has_a_number_of_its_own_and_waits_for_edges_that_carry_nothing() -> None:
+    seen = []
+
+    class Late(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.set_materialize_grads(False)
+            return x * 1, x.new_empty(0)
+
+        @staticmethod
+        def backward(ctx, g, token):
+            seen.append(("late", compat.backward_id(), token))
+            return g
+
+    class Early(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, token):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            seen.append(("early", compat.backward_id(), None))
+            return g, None
+
+    x, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    y, token = Late.apply(x)
+    z = Early.apply(other, token)
+    for _ in range(2):
+        torch.autograd.grad((y.sum(), z.sum()), (x, other), retain_graph=True)
+    assert [name for name, *_ in seen] == ["early", "late"] * 2
+    assert all(token is None for *_, token in seen)
+    numbers = [number for _, number, _ in seen]
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3] != -1
+    torch.autograd.grad(z.sum(), x, allow_unused=True)
+    assert [name for name, *_ in seen[4:]] == ["early", "late"]
+
+
 @breaks("a rule asked about a leaf would get an answer that it does not know")
 def test_a_leaf_for_whose_gradient_grad_was_called_is_an_error() -> None:
     class OfLeaf(torch.autograd.Function):

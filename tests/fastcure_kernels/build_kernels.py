@@ -21,9 +21,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENTWISE = {"BLOCK": 1024, "num_warps": 4}
+NHWC = {"LAST": True, "ROWS": 32, "CHANNELS": 64, "num_warps": 4}
 KERNELS = {  # kernel, and a word where there are several of it -> its launch options at N = 150528
     "bias_relu._gated_sum_kernel": {**ELEMENTWISE, "GATED": True},
     "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "GATED": False},
+    "batch_norm._combine_kernel": {**NHWC, "FIRST": 0, "WITH_A": True, "WITH_BC": True, "GATE_IN": True, "GATE_OUT": 0},
+    "channel_sums._statistics_kernel": NHWC,
+    "channel_sums._sums_kernel": {**NHWC, "GATE": 1, "WITH_OTHER": True},
+    "channel_sums._finish_sums_kernel": {"PARTS": 512, "CHANNELS": 8, "SUMS": 3, "SECOND": True, "num_warps": 4},
     "direction_step._direction_step_kernel": reduction_launch(150528),
     "difference_sqnorm._forward_kernel": reduction_launch(150528),
     "difference_sqnorm._backward_kernel": ELEMENTWISE,
@@ -31,6 +36,7 @@ KERNELS = {  # kernel, and a word where there are several of it -> its launch op
     "l2_step._l2_step_kernel": reduction_launch(150528),
 }
 ARITHMETIC_POINTERS = {"h_ptr", "w_ptr", "eps_ptr", "step_ptr"}  # of the dtype of the arithmetic, not the data's
+ARITHMETIC_POINTERS |= {"part_ptr", "stats_ptr", "coef_ptr", "sums_ptr", "v_ptr"}
 
 
 def signature(name, dtype, options):
@@ -39,8 +45,10 @@ def signature(name, dtype, options):
     fn = importlib.import_module(f"fastcure_kernels.{module}").__dict__[function].jitted
     wide = "fp64" if dtype == "fp64" else "fp32"
     constants = {"LOWER": 0.0, "UPPER": 1.0, "WANT_A": True, "WANT_B": True}
-    constants |= {"WITH_B": True, "WITH_BIAS": True, "WIDE": dtype == "fp64"}
+    constants |= {"WITH_B": True, "WITH_BIAS": True, "WITH_RESIDUAL": False, "WIDE": dtype == "fp64"}
     constants |= {k: v for k, v in options.items() if k != "num_warps"}
+    if dtype == "fp64" and "ROWS" in options:
+        constants["ROWS"] //= 2
     types = {}
     for arg in fn.arg_names:
         if arg in constants:

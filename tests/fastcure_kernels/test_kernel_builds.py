@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 MOST_REGISTERS = {  # a thread, 4-byte data or smaller; 8 above what was seen, as triton versions differ
+    "batch_norm": 116,
     "bias_relu": 48,
+    "channel_sums": 136,
     "direction_step": 56,
     "difference_sqnorm": 64,
     "linf_step": 48,
     "l2_step": 96,
 }
-KERNELS = 7
+KERNELS = 11
+REDUCTIONS = ("difference_sqnorm._forward", "channel_sums.")  # they store a few numbers
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -34,5 +37,5 @@ def test_builds(target, tmp_path):
             assert build["registers"] <= MOST_REGISTERS[operator], build
         if target == "sm_90":
             assert build["wide_loads"] > 0, build
-            if build["kernel"] != "difference_sqnorm._forward_kernel":  # it stores one number a sample
+            if not build["kernel"].startswith(REDUCTIONS):
                 assert build["wide_stores"] > 0, build

@@ -1,0 +1,282 @@
+"""Passes of a training-mode batch norm (+ residual) (+ ReLU) that is differentiated twice; no autograd of their own.
+
+With n values a channel, mean m, inverse deviation r, x_hat = r (x - m), weight s and z = s x_hat + bias (+ residual), y
+is z or max(z, 0). With w the gradient at z, which is that at y times the mask [z > 0], and sums over a channel, the
+gradient at x is
+
+    q = s r (w - sum(w) / n - x_hat sum(w x_hat) / n).
+
+With v the gradient that arrives at q, the mask times the same map of v goes to the gradient at y. What goes to x is,
+with w2 the gradient at z of the last backward, a combination of w2, v, w and x, with coefficients made of sums of v, w2
+and v w. So each derivative is a reduction (`channel_sums.py`) and an elementwise pass, for all of them one kernel:
+
+    out = constant + by_x (x - m) + a A + b B + c C + R        one number a channel each; gated before or after the sum
+
+Tensors of the size of x read and written, by the reductions too: 3 forward, 5 first backward, 6 double backward, 7 last
+backward. The mask is computed again from x, for nothing. With a residual it is read off y, and w, which is the gradient
+of the residual, is written: 4, 7, 8 and 9.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, no_type_check
+
+import torch
+from torch import Tensor
+
+from .backend import use_triton
+from .channel_sums import GATE_NONE, GATE_OUTPUT, GATE_OWN, Layout, statistics, sums
+from .jit import kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@kernel
+@no_type_check
+def _combine_kernel(
+    out_ptr, x_ptr, a_ptr, b_ptr, c_ptr, residual_ptr, y_ptr, stats_ptr, coef_ptr, M, C, S,
+    FIRST: tl.constexpr, WITH_A: tl.constexpr, WITH_BC: tl.constexpr, WITH_RESIDUAL: tl.constexpr,
+    GATE_IN: tl.constexpr, GATE_OUT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    dtype = stats_ptr.dtype.element_ty
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)  # (CHANNELS,)
+    inside = (rows < M)[:, None] & (c < C)[None, :]
+    if LAST:
+        offsets = rows.to(tl.int64)[:, None] * C + c[None, :]
+    else:
+        offsets = ((rows // S).to(tl.int64) * C * S + rows % S)[:, None] + c[None, :] * S
+    coef_ptr += FIRST * C + c
+    mean = tl.load(stats_ptr + c, mask=c < C)[None, :]
+    centered = tl.load(x_ptr + offsets, mask=inside).to(dtype) - mean
+    out = tl.load(coef_ptr + C, mask=c < C)[None, :] + tl.load(coef_ptr, mask=c < C)[None, :] * centered
+    closed = out <= 0  # of this very sum: the forward's; not so for NaN
+    if GATE_IN or GATE_OUT == 1:  # by the norm's own sign
+        scale = tl.load(stats_ptr + 2 * C + c, mask=c < C)[None, :]
+        closed = tl.load(stats_ptr + 3 * C + c, mask=c < C)[None, :] + scale * centered <= 0
+    if WITH_A:
+        a = tl.load(a_ptr + offsets, mask=inside).to(dtype)
+        if GATE_IN:
+            a = tl.where(closed, 0.0, a)
+        out += tl.load(coef_ptr + 2 * C, mask=c < C)[None, :] * a
+    if WITH_BC:
+        b = tl.load(b_ptr + offsets, mask=inside).to(dtype)
+        out += tl.load(coef_ptr + 3 * C, mask=c < C)[None, :] * b
+        w = tl.load(c_ptr + offsets, mask=inside).to(dtype)
+        if GATE_IN:
+            w = tl.where(closed, 0.0, w)
+        out += tl.load(coef_ptr + 4 * C, mask=c < C)[None, :] * w
+    if WITH_RESIDUAL:
+        out += tl.load(residual_ptr + offsets, mask=inside).to(dtype)
+    if GATE_OUT == 3:  # a ReLU
+        closed = out <= 0
+    if GATE_OUT == 2:  # by the sign of y
+        closed = tl.load(y_ptr + offsets, mask=inside).to(dtype) <= 0
+    if GATE_OUT:
+        out = tl.where(closed, 0.0, out)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+RELU = 3
+
+
+def _combine(
+    x: Tensor,
+    stats: Tensor,
+    coefficients: Tensor,
+    a: Tensor | None = None,
+    bc: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    gate_in: bool = False,
+    gate_out: int = GATE_NONE,
+) -> Tensor:
+    layout = Layout.of(x)
+    options = layout.tile(stats.dtype == torch.float64)
+    out = torch.empty_like(x)
+    operands = (a, *(bc or (None, None)), residual, y)
+    _combine_kernel.launch(
+        (-(-layout.M // options["ROWS"]), -(-layout.C // options["CHANNELS"])),
+        *(out, x, *(x if t is None else t for t in operands), stats, coefficients, layout.M, layout.C, layout.S),
+        FIRST=2 if coefficients is stats else 0,
+        WITH_A=a is not None,
+        WITH_BC=bc is not None,
+        WITH_RESIDUAL=residual is not None,
+        GATE_IN=gate_in,
+        GATE_OUT=gate_out,
+        LAST=layout.last,
+        **options,
+    )
+    return out
+
+
+class Norm(NamedTuple):
+    """What the backward passes read of a forward."""
+
+    x: Tensor
+    """(B, C, ...), dense."""
+    stats: Tensor
+    """(4, C) in float32 or float64: m, r, s r and bias."""
+    weight: Tensor | None
+    y: Tensor | None = None
+    """The output, where a residual was added and a ReLU taken."""
+    relu: bool = False
+
+    @property
+    def gate(self) -> int:
+        """How the mask is found."""
+        return GATE_NONE if not self.relu else GATE_OWN if self.y is None else GATE_OUTPUT
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Norm]:
+    """Normalise `x` (B, C, ...), more than one value a channel, by its own statistics, add, and take the ReLU.
+
+    Args:
+        x: in float16, bfloat16, float32 or float64.
+        weight: (C,) in the dtype of the arithmetic, that is float64 for float64, else float32; None for ones.
+        bias: the same, or None for zeros.
+        running: mean and variance, which are moved by `momentum`.
+        momentum: the share of the new statistics.
+        eps: is added to the variance.
+        residual: is added to the norm, of the shape and dtype of `x`.
+        relu: take max(z, 0).
+    """
+    layout = Layout.of(x)
+    x = layout.lay(x)
+    if not _kernels(x):
+        mean, var = running or (None, None)
+        y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+        stats = torch.stack([m, r, r if weight is None else r * weight, torch.zeros_like(m) if bias is None else bias])
+        if residual is not None:  # rounded once
+            y = (_standard(x, stats) + residual).to(x.dtype)
+        y = torch.relu_(y) if relu else y
+    else:
+        stats = statistics(x, weight, bias, running, momentum, eps)
+        residual = None if residual is None else layout.lay(residual)
+        y = _combine(x, stats, stats, residual=residual, gate_out=RELU if relu else GATE_NONE)
+    return y, Norm(x, stats, weight, y if relu and residual is not None else None, relu)
+
+
+def backward(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First derivative: from the gradient at y, q, the sums (2, C) of w and w x_hat, and w.
+
+    The sums are the gradients of bias and weight. Where the mask is found from x, w is given out as g, and masked again
+    wherever it is read.
+    """
+    if not _kernels(norm.x):
+        w = _masked(norm, g)
+        q, found = _native(norm, w)
+        return q, found, w if norm.gate == GATE_OUTPUT else g
+    g = Layout.of(norm.x).lay(g)
+    found, coefficients, masked = sums(g, norm.x, norm.stats, norm.gate, norm.y)
+    w = g if masked is None else masked
+    return _combine(norm.x, norm.stats, coefficients, w, gate_in=norm.gate == GATE_OWN), found, w
+
+
+def double_backward(norm: Norm, v: Tensor, w: Tensor, v_residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Second derivative: from the gradients at q and at that of the residual, u, and the sums (3, C) of v.
+
+    Args:
+        norm: of the forward.
+        v: the gradient that arrives at q.
+        w: as `backward` gave it out.
+        v_residual: the gradient that arrives at w as the gradient of the residual.
+
+    Returns:
+        What goes to the gradient at y; sums of v, v x_hat and v w.
+    """
+    if not _kernels(norm.x):
+        u, found = _native(norm, v)
+        masked = w if norm.gate == GATE_OUTPUT else _masked(norm, w)
+        products = (v * masked).sum(_rows(v), dtype=found.dtype)
+        return _masked(norm, u if v_residual is None else u + v_residual), torch.cat([found, products[None]])
+    layout = Layout.of(norm.x)
+    v, w = layout.lay(v), layout.lay(w)
+    v_residual = None if v_residual is None else layout.lay(v_residual)
+    found, coefficients, _ = sums(v, norm.x, norm.stats, GATE_OWN if norm.gate == GATE_OWN else GATE_NONE, other=w)
+    u = _combine(norm.x, norm.stats, coefficients, v, residual=v_residual, y=norm.y, gate_out=norm.gate)
+    return u, found
+
+
+def last_backward(
+    norm: Norm, g: Tensor | None, v: Tensor, w: Tensor, v_sums: Tensor, w_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Everything that goes to x, to bias and weight, and to the residual.
+
+    Args:
+        norm: of the forward.
+        g: the gradient at y; None stands for zeros.
+        v: as in `double_backward`.
+        w: as `backward` gave it out.
+        v_sums: as `double_backward` returned them.
+        w_sums: as `backward` returned them.
+
+    Returns:
+        The gradients of x, of bias and weight (2, C), and w2, masked where there is a residual.
+    """
+    gate_in = norm.gate == GATE_OWN
+    if _kernels(norm.x):
+        layout = Layout.of(norm.x)
+        g = None if g is None else layout.lay(g)
+        found, coefficients, w2 = sums(g, norm.x, norm.stats, norm.gate, norm.y, second=(v_sums, w_sums))
+        g = g if w2 is None else w2
+        bc = layout.lay(v), layout.lay(w)
+        return _combine(norm.x, norm.stats, coefficients, g, bc, gate_in=gate_in), found, g
+    x, (m, r, scale, _) = norm.x, norm.stats
+    n = x.numel() / x.shape[1]
+    (v_1, v_x, v_w), (w_1, w_x) = v_sums / n, w_sums / n
+    v_w = v_w - v_1 * w_1
+    by_x, by_v, by_w = scale * r * r * (3 * v_x * w_x - v_w), -scale * r * w_x, -scale * r * v_x
+    constant = scale * r * (w_x * v_1 + v_x * w_1) - by_x * m
+    constant, by_x, by_v, by_w = (t.view(-1, *[1] * (x.dim() - 2)) for t in (constant, by_x, by_v, by_w))
+    g_x = torch.addcmul(constant, x, by_x)
+    g_x = g_x.addcmul_(v, by_v).addcmul_(_masked(norm, w) if gate_in else w, by_w)
+    to_weight = torch.stack([torch.zeros_like(r), r * n * (v_w - v_x * w_x)])
+    if g is None:
+        return g_x.to(x.dtype), to_weight, None
+    w2 = _masked(norm, g)
+    direct, found = _native(norm, w2)
+    return g_x.add_(direct).to(x.dtype), found + to_weight, g if gate_in else w2
+
+
+def _kernels(x: Tensor) -> bool:
+    """Whether kernels run: they count the values of a channel in 32 bits."""
+    return use_triton(x) and x.numel() // x.shape[1] < 2**30
+
+
+def _rows(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _masked(norm: Norm, t: Tensor) -> Tensor:
+    if not norm.relu:
+        return t
+    z = _standard(norm.x, norm.stats) if norm.y is None else norm.y
+    return torch.where(z <= 0, 0.0, t)
+
+
+def _standard(x: Tensor, stats: Tensor) -> Tensor:
+    """Return z without a residual, in the dtype of the arithmetic."""
+    m, _, scale, shift = (row.view(-1, *[1] * (x.dim() - 2)) for row in stats)
+    return shift + scale * (x - m)
+
+
+def _native(norm: Norm, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Run torch's backward: the map from w to q, with the sums of w and w x_hat."""
+    x, m, r = norm.x, norm.stats[0], norm.stats[1]
+    weight = torch.ones_like(m) if norm.weight is None else norm.weight  # without one torch has no sums on a GPU
+    if len(x) == 1:  # in channels_last the stride of the batch is arbitrary, and torch 2.13 then reads other values
+        w, x = w.contiguous(), x.contiguous()
+    backward = torch.ops.aten.native_batch_norm_backward
+    q, sum_x, total = backward(w, x, weight, None, None, m, r, True, 0.0, [True, True, True])
+    return q, torch.stack([total, sum_x])
