@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from fastcure_kernels.jit import LISTENERS
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from fastcure._torch_compat import TorchDispatchMode, operator_packet, tree_leaves, unsafe_view
 
+aten = torch.ops.aten
+ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+READ_TWICE = {aten.native_batch_norm: (1, 5), aten.native_batch_norm_backward: (2, 7)}
+"""Operators that sum their first so many arguments and then read them again, if the argument at that place is true."""
+
 
 class TrafficCounter(TorchDispatchMode):
     """Adds up the bytes that operators take and return in its `with` block, as if no cache kept anything between two.
 
-    Convolutions and matrix products, which wait for arithmetic, and views, which move nothing, do not count. An
-    expanded tensor has the size of what is in memory. A compiled region is invisible to it.
+    Launches of our kernels outside of operators count with their tensors, each once. A batch norm of torch's that uses
+    the statistics of the batch reads its input twice, as on a GPU. Convolutions and matrix products, which wait for
+    arithmetic, and views and allocations, which move nothing, do not count. An expanded tensor has the size of what is
+    in memory. A compiled region is invisible to it.
 
     Examples:
         >>> import torch
@@ -26,15 +35,39 @@ class TrafficCounter(TorchDispatchMode):
     """
 
     total: int = 0
+    _in_operator: bool = False
+
+    def __enter__(self) -> TrafficCounter:
+        LISTENERS.append(self._launched)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        LISTENERS.remove(self._launched)
+        super().__exit__(*exception)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        view = func.is_view or func is unsafe_view
-        if not view and operator_packet(func) not in flop_registry:
-            self.total += sum(_bytes(leaf) for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
+        self._in_operator = True
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            self._in_operator = False
+        packet = operator_packet(func)
+        if not (func.is_view or func is unsafe_view or packet in flop_registry or packet in ALLOCATIONS):
+            inputs, flag = READ_TWICE.get(packet, (0, 0))
+            again = args[:inputs] if inputs and args[flag] else ()
+            moved = tree_leaves((args, kwargs, out, again))
+            self.total += sum(_bytes(leaf) for leaf in moved if isinstance(leaf, Tensor))
         return out
+
+    def _launched(self, args: tuple[object, ...]) -> None:
+        """Count a launch, unless it is the inside of an operator, whose arguments count."""
+        if not self._in_operator:
+            # One that a launch does not need is stood in for by another.
+            tensors = {arg.data_ptr(): arg for arg in args if isinstance(arg, Tensor)}
+            self.total += sum(_bytes(tensor) for tensor in tensors.values())
 
 
 def _bytes(x: Tensor) -> int:

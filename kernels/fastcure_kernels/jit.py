@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+LISTENERS: list[Callable[[tuple[object, ...]], None]] = []
+"""Are told the arguments of each launch: a dispatch mode sees operators only."""
+
 
 class Kernel:
     """A Triton kernel that is not compiled, nor triton imported, until it is needed; see `kernel`."""
@@ -33,6 +36,8 @@ class Kernel:
         """
         if 0 in grid:
             return
+        for listener in LISTENERS:
+            listener(args)
         with torch.cuda.device_of(args[0]):
             self.jitted[grid](*args, **options, enable_fp_fusion=False)
 

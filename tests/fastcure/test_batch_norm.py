@@ -42,8 +42,11 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("shape", "affine", "backend"),
-    [*((shape, affine, "auto") for shape in SHAPES for affine in (True, False))]
-    + [((4, 3, 5), False, "triton"), ((2, 3, 3, 2), True, "triton")],
+    [
+        *((shape, affine, "auto") for shape in SHAPES for affine in (True, False)),
+        ((4, 3, 5), False, "triton"),
+        ((2, 3, 3, 2), True, "triton"),
+    ],
 )
 def test_derivatives(shape: tuple[int, ...], affine: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCURE_BACKEND", backend)
