@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import fastcure_kernels as kernels
 import pytest
 import torch
+from fastcure_kernels import batch_norm
 from record import write
 from timing import busy_ms, medians
 from torch import Tensor
@@ -47,6 +48,19 @@ def masked_gradients(y: Tensor, w: Tensor) -> Tensor:
     return torch.autograd.grad(kernels.bias_relu(x), x, w)[0]
 
 
+def normalised(x: Tensor) -> Tensor:
+    """Training-mode batch norm and ReLU."""
+    return batch_norm.forward(x, None, None, None, 0.1, 1e-5, relu=True)[0]
+
+
+def derivatives_of_norm(x: Tensor, g: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+    """Its three backward passes, after the forward."""
+    _, norm = batch_norm.forward(x, None, None, None, 0.1, 1e-5, relu=True)
+    q, w_sums, w = batch_norm.backward(norm, g)
+    u, v_sums = batch_norm.double_backward(norm, v, w)
+    return q, u, batch_norm.last_backward(norm, last, v, w, v_sums, w_sums)[0]
+
+
 CASES = {
     "direction_step": Case(lambda x, g: kernels.direction_step(x, g, 1.25), 2, 3),
     "difference_sqnorm": Case(kernels.difference_sqnorm, 2, 2),
@@ -55,6 +69,8 @@ CASES = {
     "bias_relu": Case(lambda x: kernels.bias_relu(x, x.new_ones(CHANNELS)), 1, 2),
     "bias_relu, residual": Case(lambda x, r: kernels.bias_relu(x, x.new_ones(CHANNELS), r), 2, 3),
     "bias_relu, forward and backward": Case(masked_gradients, 2, 5),
+    "batch_norm, relu": Case(normalised, 1, 3),
+    "batch_norm, relu, and three derivatives": Case(derivatives_of_norm, 4, 21),
 }
 
 
