@@ -21,14 +21,21 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENTWISE = {"BLOCK": 1024, "num_warps": 4}
-NHWC = {"LAST": True, "ROWS": 32, "CHANNELS": 64, "num_warps": 4}
+NHWC = {"only": ("fp32", "bf16"), "LAST": True, "ROWS": 32, "CHANNELS": 64, "num_warps": 4}
 KERNELS = {  # kernel, and a word where there are several of it -> its launch options at N = 150528
     "bias_relu._gated_sum_kernel": {**ELEMENTWISE, "GATED": True},
     "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "GATED": False},
     "batch_norm._combine_kernel": {**NHWC, "FIRST": 0, "WITH_A": True, "WITH_BC": True, "GATE_IN": True, "GATE_OUT": 0},
     "channel_sums._statistics_kernel": NHWC,
     "channel_sums._sums_kernel": {**NHWC, "GATE": 1, "WITH_OTHER": True},
-    "channel_sums._finish_sums_kernel": {"PARTS": 512, "CHANNELS": 8, "SUMS": 3, "SECOND": True, "num_warps": 4},
+    "channel_sums._finish_sums_kernel": {
+        "only": ("fp32",),
+        "PARTS": 512,
+        "CHANNELS": 8,
+        "SUMS": 3,
+        "SECOND": True,
+        "num_warps": 4,
+    },
     "direction_step._direction_step_kernel": reduction_launch(150528),
     "difference_sqnorm._forward_kernel": reduction_launch(150528),
     "difference_sqnorm._backward_kernel": ELEMENTWISE,
@@ -46,9 +53,7 @@ def signature(name, dtype, options):
     wide = "fp64" if dtype == "fp64" else "fp32"
     constants = {"LOWER": 0.0, "UPPER": 1.0, "WANT_A": True, "WANT_B": True}
     constants |= {"WITH_B": True, "WITH_BIAS": True, "WITH_RESIDUAL": False, "WIDE": dtype == "fp64"}
-    constants |= {k: v for k, v in options.items() if k != "num_warps"}
-    if dtype == "fp64" and "ROWS" in options:
-        constants["ROWS"] //= 2
+    constants |= {k: v for k, v in options.items() if k not in ("num_warps", "only")}
     types = {}
     for arg in fn.arg_names:
         if arg in constants:
@@ -109,6 +114,8 @@ def main():
     for target in sys.argv[1:]:
         for dtype in ("fp32", "bf16") + (("fp64",) if target == "sm_90" else ()):
             for name, options in KERNELS.items():
+                if dtype not in options.get("only", dtype):
+                    continue
                 built = build(name, dtype, TARGETS[target], options)
                 found = facts(built, target == "sm_90")  # reading the accesses takes longer than the build
                 print(json.dumps({"kernel": name, "dtype": dtype, "target": target, **found}), flush=True)
