@@ -93,7 +93,7 @@ def main() -> int:
     data = load(settings.dataset, settings.data_dir)
     chosen = stratified(data.y_test, arguments.images, arguments.seed)
     x, y = data.x_test[chosen].to(arguments.device), data.y_test[chosen].to(arguments.device)
-    options = {"classes": data.classes, "channels": x.shape[1]}
+    options = {"num_classes": data.num_classes, "in_channels": x.shape[1]}
     model = load_model(settings.model, settings.checkpoint, **options).to(arguments.device).eval()
 
     torch.manual_seed(arguments.seed)

@@ -68,7 +68,7 @@ def read_images(name: str, data_dir: str, jpeg: Path | None, train: int, validat
     held = data.x_train[left:], data.y_train[left:]
     train = train or left
     seen = data.x_train[:train], data.y_train[:train]
-    return Images(name, data.classes, seen, held, (data.x_test[:test], data.y_test[:test]), augment)
+    return Images(name, data.num_classes, seen, held, (data.x_test[:test], data.y_test[:test]), augment)
 
 
 def read_jpeg(path: Path) -> Dataset:
@@ -86,7 +86,7 @@ def read_jpeg(path: Path) -> Dataset:
 
     with np.load(path) as archive:
         header = archive["header"].tobytes()
-        return checked(JPEG, decode("train"), decode("test"), classes=10)
+        return checked(JPEG, decode("train"), decode("test"), num_classes=10)
 
 
 def as_floats(images: Tensor, device: torch.device) -> Tensor:

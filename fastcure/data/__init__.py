@@ -47,7 +47,7 @@ def load(name: str, data_dir: str | os.PathLike[str] = "data") -> Dataset:
         data_dir: folder of the official files, themselves or in a subfolder called like the dataset.
 
     Returns:
-        The dataset, checked: sizes agree, images are not empty, labels lie in 0..classes-1.
+        The dataset, checked: sizes agree, images are not empty, labels lie in 0..num_classes-1.
 
     Raises:
         FileNotFoundError: a file is missing; the message says where it was sought and how to get it.

@@ -37,7 +37,7 @@ def read(data_dir: Path) -> Dataset:
             else:
                 continue
             train = tuple(np.concatenate(part) for part in zip(*batches[:-1], strict=True))
-            return checked("cifar10", (train[0], train[1]), batches[-1], classes=10)
+            return checked("cifar10", (train[0], train[1]), batches[-1], num_classes=10)
     raise missing(" or ".join(variant.archive for variant in _VARIANTS), places, SOURCE)
 
 

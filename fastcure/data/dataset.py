@@ -15,10 +15,10 @@ class Dataset(NamedTuple):
 
     Attributes:
         x_train: uint8 (N, C, H, W); pixel / 255 lies in [0, 1].
-        y_train: int64 (N,), in 0..classes-1.
+        y_train: int64 (N,), in 0..num_classes-1.
         x_test: uint8 (M, C, H, W).
         y_test: int64 (M,).
-        classes: number of classes.
+        num_classes: number of classes.
         name: what ``load`` was asked for.
     """
 
@@ -26,21 +26,21 @@ class Dataset(NamedTuple):
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
-    classes: int
+    num_classes: int
     name: str
 
 
-def checked(name: str, train: Split, test: Split, classes: int | None = None) -> Dataset:
+def checked(name: str, train: Split, test: Split, num_classes: int | None = None) -> Dataset:
     """Check two splits against each other and make a dataset of them.
 
     Args:
         name: the dataset's name.
         train: images uint8 (N, C, H, W) and integer labels (N,).
         test: the same, of M images.
-        classes: number of classes; left out, the largest training label plus one.
+        num_classes: number of classes; left out, the largest training label plus one.
 
     Raises:
-        ValueError: sizes disagree, a split is empty, or a label lies outside 0..classes-1.
+        ValueError: sizes disagree, a split is empty, or a label lies outside 0..num_classes-1.
     """
     for split, (x, y) in (("train", train), ("test", test)):
         if x.dtype != np.uint8 or x.ndim != 4 or 0 in x.shape:
@@ -52,15 +52,15 @@ def checked(name: str, train: Split, test: Split, classes: int | None = None) ->
     if train[0].shape[1:] != test[0].shape[1:]:
         shapes = f"{train[0].shape[1:]} and {test[0].shape[1:]}"
         raise ValueError(f"{name}: train and test images must have one shape (C, H, W), got {shapes}")
-    if classes is None:
-        classes = max(int(train[1].max()) + 1, 1)
-        if classes > len(train[1]):  # a stray label would otherwise size the model's last layer
-            raise ValueError(f"{name}: labels reach {classes - 1} with only {len(train[1])} training images")
+    if num_classes is None:
+        num_classes = max(int(train[1].max()) + 1, 1)
+        if num_classes > len(train[1]):  # a stray label would otherwise size the model's last layer
+            raise ValueError(f"{name}: labels reach {num_classes - 1} with only {len(train[1])} training images")
     for split, (_, y) in (("train", train), ("test", test)):
         low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= classes:
-            raise ValueError(f"{name}: {split} labels must lie in 0..{classes - 1}, got {low}..{high}")
-    return Dataset(*_tensors(train), *_tensors(test), classes, name)
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"{name}: {split} labels must lie in 0..{num_classes - 1}, got {low}..{high}")
+    return Dataset(*_tensors(train), *_tensors(test), num_classes, name)
 
 
 def _tensors(split: Split) -> tuple[Tensor, Tensor]:

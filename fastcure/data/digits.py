@@ -22,4 +22,4 @@ def read(_: Path) -> Dataset:
     x_train, x_test, y_train, y_test = extra("sklearn.model_selection", "to read digits").train_test_split(
         x, labels, test_size=450, random_state=0, stratify=labels
     )
-    return checked("digits", (x_train, y_train), (x_test, y_test), classes=10)
+    return checked("digits", (x_train, y_train), (x_test, y_test), num_classes=10)

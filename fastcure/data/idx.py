@@ -29,7 +29,7 @@ def read(data_dir: Path) -> Dataset:
     x_train, y_train, x_test, y_test = (
         read_idx(path, shape) for path, shape in zip(paths, [(28, 28), (), (28, 28), ()], strict=True)
     )
-    return checked("fashion-mnist", (x_train[:, None], y_train), (x_test[:, None], y_test), classes=10)
+    return checked("fashion-mnist", (x_train[:, None], y_train), (x_test[:, None], y_test), num_classes=10)
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:

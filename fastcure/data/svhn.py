@@ -28,7 +28,7 @@ def read(data_dir: Path) -> Dataset:
     """73,257 training and 26,032 test images (3, 32, 32) of digits."""
     wanted = [("train_32x32.mat",), ("test_32x32.mat",)]
     train, test = find([data_dir, data_dir / "svhn"], wanted, SOURCE)
-    return checked("svhn", _read_split(train), _read_split(test), classes=10)
+    return checked("svhn", _read_split(train), _read_split(test), num_classes=10)
 
 
 def _read_split(path: Path) -> Split:

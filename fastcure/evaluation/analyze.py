@@ -50,7 +50,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     whole = load(settings.dataset, settings.data_dir)
     data = limited(whole, settings.limit, settings.seed)
     x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
-    make = partial(load_model, settings.model, classes=data.classes, channels=x.shape[1], log=say)
+    make = partial(load_model, settings.model, num_classes=data.num_classes, in_channels=x.shape[1], log=say)
     weights: dict[str, str | None] = {"after fine-tuning" if settings.run else settings.model: settings.checkpoint}
     if settings.surrogate is not None:
         weights = {"before fine-tuning" if settings.run else "surrogate": settings.surrogate, **weights}

@@ -62,7 +62,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     whole = load(settings.dataset, settings.data_dir)
     data = limited(whole, settings.limit, settings.seed)
     shape = data.x_test.shape[1:]
-    make = partial(load_model, settings.model, classes=data.classes, channels=data.x_test.shape[1], log=say)
+    make = partial(load_model, settings.model, num_classes=data.num_classes, in_channels=data.x_test.shape[1], log=say)
     model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, shape, ranks.device)
     surrogate = None
     if settings.checklist and settings.surrogate is not None:

@@ -22,8 +22,8 @@ def check_network(model: nn.Module, name: str, data: Dataset, device: torch.devi
     except Exception as error:  # it is the user's code
         kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"model {name} cannot take the images of {data.name}: {kind}{error}") from error
-    if logits.shape[:1] != images.shape[:1] or logits.dim() != 2 or logits.shape[1] < data.classes:
+    if logits.shape[:1] != images.shape[:1] or logits.dim() != 2 or logits.shape[1] < data.num_classes:
         raise ValueError(
-            f"model {name} must return logits (B, C) with C >= {data.classes}, the classes of {data.name}, "
+            f"model {name} must return logits (B, C) with C >= {data.num_classes}, the classes of {data.name}, "
             f"got {tuple(logits.shape)} for B = {len(images)}"
         )

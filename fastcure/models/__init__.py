@@ -19,8 +19,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 def build(
     name: str,
-    classes: int = 10,
-    channels: int = 3,
+    num_classes: int = 10,
+    in_channels: int = 3,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
 ) -> nn.Module:
@@ -28,8 +28,8 @@ def build(
 
     Args:
         name: one of `MODELS`.
-        classes: number of outputs.
-        channels: of the input.
+        num_classes: number of outputs.
+        in_channels: channels of the input.
         mean, std: of each channel (or one for all), in pixels in [0, 1]; kept in the model's state dict.
 
     Raises:
@@ -43,7 +43,7 @@ def build(
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    return MODELS[name](classes=classes, channels=channels, mean=mean, std=std)
+    return MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std)
 
 
 __all__ = ["MODELS", "Normalize", "ResNet", "WideResNet", "build", "resnet8", "resnet18", "wide_resnet28_10"]

@@ -23,8 +23,8 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     *,
-    classes: int = 10,
-    channels: int = 3,
+    num_classes: int = 10,
+    in_channels: int = 3,
     log: Callable[[str], object] | None = None,
 ) -> nn.Module:
     """Make the network called `name` and load its weights.
@@ -36,7 +36,7 @@ def load_model(
             may load its own.
         mean, std: of each channel (or one for all), in pixels in [0, 1]; put in front of a network that does not
             normalise its input itself. Bundled networks do, by numbers in their checkpoint.
-        classes, channels: of a bundled network.
+        num_classes, in_channels: of a bundled network.
         log: as in `load_weights`.
 
     Raises:
@@ -49,14 +49,14 @@ def load_model(
         if checkpoint is not None and mean is not None:
             raise ValueError(f"{name} has its mean and std in the checkpoint: leave out those given")
         numbers = {} if mean is None or std is None else {"mean": mean, "std": std}
-        model = build(name, classes, channels, **numbers)
+        model = build(name, num_classes, in_channels, **numbers)
     else:
         model = _call(name)
     if checkpoint is not None:
         load_weights(model, checkpoint, log)
     if name in MODELS or mean is None or std is None:
         return model
-    return nn.Sequential(Normalize(channels, mean, std), model)
+    return nn.Sequential(Normalize(in_channels, mean, std), model)
 
 
 def _call(name: str) -> nn.Module:

@@ -41,7 +41,7 @@ class ResNet(nn.Module):
     Args:
         blocks: number of blocks of each stage.
         widths: channels of each stage.
-        classes, channels, mean, std: see `fastcure.models.build`.
+        num_classes, in_channels, mean, std: see `fastcure.models.build`.
         activation: elementwise; a smooth one (`torch.nn.functional.gelu`) gives a network without kinks.
     """
 
@@ -49,16 +49,16 @@ class ResNet(nn.Module):
         self,
         blocks: Sequence[int],
         widths: Sequence[int],
-        classes: int = 10,
-        channels: int = 3,
+        num_classes: int = 10,
+        in_channels: int = 3,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
         activation: Activation = F.relu,
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.normalize = Normalize(channels, mean, std)
-        self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.normalize = Normalize(in_channels, mean, std)
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         stages, inputs = [], widths[0]
         for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
@@ -70,13 +70,13 @@ class ResNet(nn.Module):
             )
             inputs = width
         self.stages = nn.Sequential(*stages)
-        self.fc = nn.Linear(inputs, classes)
+        self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, C, H, W)` to logits `(B, classes)`."""
+        """Map `(B, C, H, W)` to logits `(B, num_classes)`."""
         x = self.activation(self.bn1(self.conv1(self.normalize(x))))
         x = self.stages(x)
         # A mean, and no adaptive pooling: its double backward is cheap and deterministic on every device.
@@ -84,8 +84,8 @@ class ResNet(nn.Module):
 
 
 def resnet8(
-    classes: int = 10,
-    channels: int = 3,
+    num_classes: int = 10,
+    in_channels: int = 3,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
     activation: Activation = F.relu,
@@ -97,12 +97,12 @@ def resnet8(
         >>> fastcure.models.resnet8()(torch.rand(2, 3, 16, 16)).shape
         torch.Size([2, 10])
     """
-    return ResNet((1, 1, 1), (16, 32, 64), classes, channels, mean, std, activation)
+    return ResNet((1, 1, 1), (16, 32, 64), num_classes, in_channels, mean, std, activation)
 
 
 def resnet18(
-    classes: int = 10,
-    channels: int = 3,
+    num_classes: int = 10,
+    in_channels: int = 3,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
     activation: Activation = F.relu,
@@ -114,4 +114,4 @@ def resnet18(
         >>> fastcure.models.resnet18()(torch.rand(2, 3, 16, 16)).shape
         torch.Size([2, 10])
     """
-    return ResNet((2, 2, 2, 2), (64, 128, 256, 512), classes, channels, mean, std, activation)
+    return ResNet((2, 2, 2, 2), (64, 128, 256, 512), num_classes, in_channels, mean, std, activation)

@@ -35,7 +35,7 @@ class WideResNet(nn.Module):
     Args:
         depth: number of convolutional layers, 4 more than a multiple of 6.
         width: widening factor.
-        classes, channels, mean, std: see `fastcure.models.build`.
+        num_classes, in_channels, mean, std: see `fastcure.models.build`.
 
     Raises:
         ValueError: for a depth that does not fit.
@@ -45,16 +45,16 @@ class WideResNet(nn.Module):
         self,
         depth: int = 28,
         width: int = 10,
-        classes: int = 10,
-        channels: int = 3,
+        num_classes: int = 10,
+        in_channels: int = 3,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.25,),
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {depth}")
-        self.normalize = Normalize(channels, mean, std)
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.normalize = Normalize(in_channels, mean, std)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         stages, inputs = [], 16
         for stage, outputs in enumerate((16 * width, 32 * width, 64 * width)):
             blocks = []
@@ -64,19 +64,19 @@ class WideResNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.bn = nn.BatchNorm2d(inputs)
-        self.fc = nn.Linear(inputs, classes)
+        self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, C, H, W)` to logits `(B, classes)`."""
+        """Map `(B, C, H, W)` to logits `(B, num_classes)`."""
         x = self.stages(self.conv1(self.normalize(x)))
         return self.fc(torch.flatten(F.relu(self.bn(x)), 2).mean(2))
 
 
 def wide_resnet28_10(
-    classes: int = 10, channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
+    num_classes: int = 10, in_channels: int = 3, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.25,)
 ) -> WideResNet:
     """WRN-28-10: 36.5 million parameters.
 
@@ -87,4 +87,4 @@ def wide_resnet28_10(
         >>> sum(p.numel() for p in model.parameters()) // 10**6
         36
     """
-    return WideResNet(28, 10, classes, channels, mean, std)
+    return WideResNet(28, 10, num_classes, in_channels, mean, std)

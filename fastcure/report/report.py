@@ -101,7 +101,7 @@ def report(
     images = Images((data.x_test.float() / 255).to(where), data.y_test.to(where))
 
     def network(path: Path) -> torch.nn.Module:
-        model = build(first.model, data.classes, data.x_test.shape[1])
+        model = build(first.model, data.num_classes, data.x_test.shape[1])
         load_weights(model, path)
         return placed(model, first.model, data.x_test.shape[1:], where)
 

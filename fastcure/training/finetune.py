@@ -149,7 +149,7 @@ def make_model(settings: Settings, data: Dataset) -> nn.Module:
     chosen = stratified(data.y_train, 10_000, settings.seed)
     pixels = data.x_train[chosen].transpose(0, 1).reshape(channels, -1).double() / 255
     std = pixels.std(1).clamp_min(1e-2)  # a constant channel has none
-    return build(settings.model, data.classes, channels, pixels.mean(1).tolist(), std.tolist())
+    return build(settings.model, data.num_classes, channels, pixels.mean(1).tolist(), std.tolist())
 
 
 def collapse(metrics: dict[str, Metrics], y_test: Tensor, objective: type[Objective] = CURE) -> list[str]:

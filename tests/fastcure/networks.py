@@ -99,7 +99,7 @@ NETWORKS = {
     "mlp-softplus": Network(lambda: nn.Sequential(nn.Linear(13, 17), nn.Softplus(), nn.Linear(17, 5)), (13,), True),
     "attention": Network(TinyViT, (3, 12, 12), True),
     "shared": Network(Shared, (6,), True),
-    "resnet8": Network(lambda: resnet8(classes=5, channels=2), (2, 8, 12), False),
+    "resnet8": Network(lambda: resnet8(num_classes=5, in_channels=2), (2, 8, 12), False),
 }
 
 

@@ -242,9 +242,9 @@ STYLES = {
     "sequential": Style(stack, 8, 4, 4),
     "mlp": Style(mlp, 8, 2, 2),
     "volumes": Style(volumes, 8, 1, 1),
-    "resnet8": Style(lambda act: resnet8(classes=5), 8, 9, 9),
+    "resnet8": Style(lambda act: resnet8(num_classes=5), 8, 9, 9),
     # Norm before convolution: only the second of each block, between its convolutions, has one to itself.
-    "wide-resnet": Style(lambda act: WideResNet(10, 1, classes=5), 8, 3, 7),
+    "wide-resnet": Style(lambda act: WideResNet(10, 1, num_classes=5), 8, 3, 7),
 }
 every_style = pytest.mark.parametrize("name", STYLES)
 

@@ -35,7 +35,7 @@ def write_run(path: Path) -> Path:
     folder = RunFolder(path)
     folder.write_json("config.json", vars(make_settings({"dataset": "npz:a.npz", "eps": (0.1,), "device": "cpu"})))
     folder.write_json("metrics.json", {})
-    model = resnet8(classes=2)
+    model = resnet8(num_classes=2)
     folder.write_weights("original.safetensors", model)
     folder.write_weights("model.safetensors", model)
     return path

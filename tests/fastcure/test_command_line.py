@@ -324,7 +324,7 @@ def test_a_run_without_stderr_is_whole(place: Path) -> None:
     assert (done.stdout, done.stderr) == ("", "")
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     assert list(metrics) == ["before", "after"]
-    assert nn.Module.load_state_dict(resnet8(classes=2), load(place / "out" / "model.safetensors"))
+    assert nn.Module.load_state_dict(resnet8(num_classes=2), load(place / "out" / "model.safetensors"))
 
 
 def load(path: Path) -> dict[str, Any]:

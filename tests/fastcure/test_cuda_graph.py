@@ -115,7 +115,7 @@ def test_without_gradients_it_captures_nothing(device: torch.device) -> None:
 
 
 def test_microbatches_and_folded_batch_norms(device: torch.device) -> None:
-    model = resnet8(channels=1).double().to(device)
+    model = resnet8(in_channels=1).double().to(device)
     x, y = torch.rand(6, 1, 8, 8).double().to(device), torch.arange(6, device=device)
     prepare(model, x)
     results = []

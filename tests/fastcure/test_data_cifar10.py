@@ -102,7 +102,7 @@ def test_reads_the_official_files(tmp_path: Path, form: str, packed: bool, place
     assert (data.x_test.numpy().reshape(-1, 3072) == pixels[5]).all()
     assert data.y_train.tolist() == [label for part in labels[:5] for label in part]
     assert data.y_test.tolist() == labels[5]
-    assert (data.classes, data.name) == (10, "cifar10")
+    assert (data.num_classes, data.name) == (10, "cifar10")
     left = {path.name for path in tmp_path.rglob("*")} - {place}
     assert left == ({archive} if packed else {folder, *contents})
 

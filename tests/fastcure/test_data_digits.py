@@ -18,7 +18,7 @@ def test_sizes_and_types(digits: Dataset) -> None:
     assert digits.x_test.shape == (450, 1, 16, 16)
     assert digits.x_train.dtype == digits.x_test.dtype == torch.uint8
     assert digits.y_train.dtype == digits.y_test.dtype == torch.int64
-    assert (digits.classes, digits.name) == (10, "digits")
+    assert (digits.num_classes, digits.name) == (10, "digits")
     assert (int(digits.x_train.min()), int(digits.x_train.max())) == (0, 255)
 
 

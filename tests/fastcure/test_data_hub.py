@@ -61,7 +61,7 @@ def test_image_folder(tmp_path: Path) -> None:
     assert data.x_train.shape == (4, 3, 5, 7)
     assert data.y_train.tolist() == [0, 0, 1, 2]
     assert data.y_test.tolist() == [0, 2]
-    assert (data.classes, data.name) == (3, f"hf:{tmp_path / 'pets'}")
+    assert (data.num_classes, data.name) == (3, f"hf:{tmp_path / 'pets'}")
     assert (data.x_train[2].permute(1, 2, 0).numpy() == np.asarray(picture(2))).all()
 
 
@@ -93,7 +93,7 @@ def test_parquet_with_class_label_and_validation(library: Any, tmp_path: Path) -
     data = load(write_parquet(library, tmp_path / "zoo", features, train=train, validation=validation))
     assert data.y_train.tolist() == [2, 0, 0]
     assert data.y_test.tolist() == [1]
-    assert data.classes == 4
+    assert data.num_classes == 4
     assert (data.x_test[0].permute(1, 2, 0).numpy() == np.asarray(picture(5))).all()
 
 
@@ -102,7 +102,7 @@ def test_whole_number_labels(library: Any, tmp_path: Path) -> None:
     columns = {"image": [picture(i) for i in range(3)], "labels": [1, 0, 1]}
     data = load(write_parquet(library, tmp_path / "set", features, train=columns, test=columns))
     assert data.y_train.tolist() == [1, 0, 1]
-    assert data.classes == 2
+    assert data.num_classes == 2
 
 
 def test_unlabelled_test_split(library: Any, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_reads_the_official_files(tmp_path: Path, contents: Contents, place: str
     assert data.x_test.shape == (5, 1, 28, 28)
     assert data.x_train.numpy().tobytes() == contents["train-images-idx3-ubyte"][16:]
     assert data.y_train.tolist() == [*range(10), 0, 1]
-    assert (data.classes, data.name) == (10, "fashion-mnist")
+    assert (data.num_classes, data.name) == (10, "fashion-mnist")
 
 
 def test_reads_the_whole_set(tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,10 +53,10 @@ def test_checked_keeps_values_and_writes_nothing_through() -> None:
     x[:] = np.arange(6)[:, None, None, None]
     y[:] = [0, 1, 2, 0, 1, 2]
     x.flags.writeable = False
-    data = checked("mine", (x, y.astype(">u2")), split(3), classes=None)
+    data = checked("mine", (x, y.astype(">u2")), split(3), num_classes=None)
     assert isinstance(data, Dataset)
     assert data.name == "mine"
-    assert data.classes == 3
+    assert data.num_classes == 3
     assert data.x_train.dtype == torch.uint8
     assert data.x_train[:, 0, 0, 0].tolist() == list(range(6))
     assert data.y_train.dtype == torch.int64
@@ -79,12 +79,12 @@ def test_checked_keeps_values_and_writes_nothing_through() -> None:
 )
 def test_checked_refuses(train: Split, test: Split, message: str) -> None:
     with pytest.raises(ValueError, match=f"^mine: .*{message}"):
-        checked("mine", train, test, classes=10)
+        checked("mine", train, test, num_classes=10)
 
 
 @pytest.mark.parametrize(("labels", "classes"), [([0, 0, 0, 0], 1), ([3, 1, 2, 0], 4)])
 def test_checked_counts_the_classes(labels: list[int], classes: int) -> None:
-    assert checked("mine", (split()[0], np.array(labels)), split()).classes == classes
+    assert checked("mine", (split()[0], np.array(labels)), split()).num_classes == classes
 
 
 def test_checked_refuses_classes_without_images() -> None:
@@ -98,7 +98,7 @@ def test_checked_does_not_wrap_large_unsigned_labels() -> None:
     x, _ = split()
     labels = np.full(4, 2**64 - 1, np.uint64)
     with pytest.raises(ValueError, match=r"got 18446744073709551615\.\.18446744073709551615"):
-        checked("mine", (x, labels), split(), classes=10)
+        checked("mine", (x, labels), split(), num_classes=10)
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])

@@ -46,7 +46,7 @@ def test_layouts_agree(tmp_path: Path, save: Any, channels: int) -> None:
     data = load(f"npz:{path}")
     assert torch.equal(data.x_train, expected)
     assert data.x_test.shape == (5, channels, 10, 8)
-    assert (data.classes, data.name) == (4, f"npz:{path}")
+    assert (data.num_classes, data.name) == (4, f"npz:{path}")
     for split in ("x_train", "x_test"):  # a transposed view is saved in Fortran order
         original[split] = original[split].transpose(0, 3, 1, 2)
     save(path, **original)

@@ -39,7 +39,7 @@ def test_reads_the_official_files(tmp_path: Path, place: str, compressed: bool, 
     assert data.x_train[5, 2, 7, 30] == original["X"][7, 30, 2, 5]
     assert (data.x_train.numpy() == original["X"].transpose(3, 2, 0, 1)).all()
     assert data.y_train[:11].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert (data.classes, data.name) == (10, "svhn")
+    assert (data.num_classes, data.name) == (10, "svhn")
 
 
 def test_missing_files_say_where_from(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class Place:
         self.y = torch.from_numpy(y[40:])
 
         torch.manual_seed(0)
-        self.model, surrogate = self.train(resnet8(classes=3)), resnet8(classes=3)
+        self.model, surrogate = self.train(resnet8(num_classes=3)), resnet8(num_classes=3)
         (path / "run").mkdir()
         save_file(self.model.state_dict(), path / "run" / "model.safetensors")
         save_file(surrogate.state_dict(), path / "run" / "original.safetensors")
@@ -125,7 +125,7 @@ def test_a_run_is_enough(place: Place, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_run_before_cure_is_its_other_checkpoint(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     found = place.results("--run", "run", "--checkpoint", "run/original.safetensors", "--limit", "9", "--eps", "1/255")
-    surrogate = load_model("resnet8", "run/original.safetensors", classes=3).eval()
+    surrogate = load_model("resnet8", "run/original.safetensors", num_classes=3).eval()
     chosen = stratified(place.y, 9, seed=0)
     assert found["clean"] == right(surrogate, place.x[chosen], place.y[chosen])
     assert (found["images"], found["test_set"]) == (9, 30)
@@ -254,7 +254,7 @@ def test_what_cannot_be_attacked_has_no_distance(place: Place, capsys: pytest.Ca
 def test_weights_lie_where_they_are_fast_and_compute_the_same() -> None:
     x = torch.rand(3, 1, 8, 8)
     for name, last in (("resnet8", True), ("resnet18", False)):
-        model = build(name, channels=1).eval()
+        model = build(name, in_channels=1).eval()
         before = model(x)
         assert placed(model, name, x.shape[1:], torch.device("cpu")) is model
         weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)][1:]

@@ -64,7 +64,7 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracy(weights: Path, npz: Path) -> float:
     """On the test images, by a plain forward pass."""
-    model = resnet8(classes=2).eval()
+    model = resnet8(num_classes=2).eval()
     model.load_state_dict(load_file(weights))
     with np.load(npz) as arrays:
         x, y = (torch.from_numpy(arrays[f"{name}_test"]) for name in "xy")
@@ -135,7 +135,7 @@ def test_a_limit_of_sorted_data_has_every_class(
 def test_weights_load_into_the_bare_model_and_say_nothing_of_the_machine(run: Path) -> None:
     states = [load_file(run / name) for name in ("original.safetensors", "model.safetensors")]
     for state in states:
-        resnet8(classes=2).load_state_dict(state)
+        resnet8(num_classes=2).load_state_dict(state)
     assert not torch.equal(states[0]["fc.weight"], states[1]["fc.weight"])
     # Frozen: CURE moves no running statistic.
     assert torch.equal(states[0]["bn1.running_mean"], states[1]["bn1.running_mean"])
@@ -286,7 +286,7 @@ def test_a_bad_checkpoint_is_refused(
     elif damage == "foreign":
         path.write_bytes(b"not weights at all")
     else:
-        save_file(resnet8(classes=3).state_dict(), path)
+        save_file(resnet8(num_classes=3).state_dict(), path)
     assert finetune(npz, tmp_path / "out", "--checkpoint", str(path)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

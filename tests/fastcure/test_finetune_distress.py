@@ -175,7 +175,7 @@ def test_an_epoch_of_nothing_else_stops_the_run(
 @pytest.mark.parametrize("objective", [Standard, CURE, "split"])
 def test_a_skipped_step_leaves_no_trace(objective: Any) -> None:
     torch.manual_seed(0)
-    first = resnet8(classes=3)
+    first = resnet8(num_classes=3)
     x, y = torch.rand(3, 6, 3, 8, 8), torch.randint(3, (3, 6))
     schedules = {"lr": parse_schedule("lr", "1e-2", 1)}
     found = []
@@ -214,7 +214,7 @@ class Plain(Standard):
 def test_no_step_reads_a_value() -> None:
     x, y = torch.rand(3, 6, 3, 8, 8), torch.randint(3, (3, 6))
     x[1] = torch.nan
-    model, tally, cpu = resnet8(classes=3), Tally(torch.device("cpu")), torch.device("cpu")
+    model, tally, cpu = resnet8(num_classes=3), Tally(torch.device("cpu")), torch.device("cpu")
     with Reads() as reads:
         work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
         list(

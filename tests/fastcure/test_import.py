@@ -26,7 +26,7 @@ def test_it_works_without_triton_and_the_extras() -> None:
         f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
         "import torch; from fastcure import CURE; from fastcure.attacks import pgd\n"
         "from fastcure.models import resnet8; import fastcure.data\n"
-        "model = resnet8(channels=1); x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])\n"
+        "model = resnet8(in_channels=1); x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])\n"
         "CURE(model)(x, y).total.backward(); print(float(pgd(model, x, y).max()) <= 1)"
     )
     assert run(code) == "True"

@@ -18,7 +18,7 @@ def test_parameter_counts_are_the_published_ones(name: str, millions: float) -> 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("channels", "size"), [(1, (16, 16)), (3, (32, 32)), (2, (9, 13)), (4, (28, 28))])
 def test_any_channel_count_and_input_size(name: str, channels: int, size: tuple[int, int]) -> None:
-    model = build(name, classes=7, channels=channels).eval()
+    model = build(name, num_classes=7, in_channels=channels).eval()
     with torch.no_grad():
         assert model(torch.rand(1, channels, *size)).shape == (1, 7)
 

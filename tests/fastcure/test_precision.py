@@ -12,7 +12,7 @@ from fastcure.models import resnet8
 @pytest.fixture
 def case() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    model = resnet8(channels=1)
+    model = resnet8(in_channels=1)
     x, y = torch.rand(16, 1, 16, 16), torch.arange(16) % 10
     prepare(model, x)
     return model, x, y

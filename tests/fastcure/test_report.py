@@ -66,7 +66,7 @@ def test_tracking_does_not_disturb_training(runs: Path) -> None:
 
 
 def network(run: Path, when: str) -> nn.Module:
-    model = resnet8(classes=3, channels=1)
+    model = resnet8(num_classes=3, in_channels=1)
     model.load_state_dict(load_file(run / f"{'original' if when == 'before' else 'model'}.safetensors"))
     return model.eval()
 

@@ -214,7 +214,7 @@ def test_averaged_weights_are_measured_beside_the_others(
     assert "averaged" in capsys.readouterr().out
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics) == ["before", "after", "ema"]
-    model = resnet8(classes=2).eval()
+    model = resnet8(num_classes=2).eval()
     model.load_state_dict(load_file(out / "ema.safetensors"))
     assert finetune(npz, tmp_path / "plain", *flags[2:]) == 0
     for file in ("model.safetensors", "original.safetensors"):
