@@ -92,6 +92,11 @@ def test_the_readme_is_short() -> None:
     assert {"make demo", "make test"} <= set(lines)
 
 
+def test_the_site_lists_every_page() -> None:
+    listed = re.findall(r"([\w/-]+\.md)$", (TESTS.parent / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(TESTS.parent / "docs")) for page in PAGES[1:])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
