@@ -44,7 +44,7 @@ def contenders(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
     ours = partial(pgd, model, x, y, EPS, STEP, STEPS, random_start=False)
     attacks: dict[str, Callable[[], Tensor]] = {"fastcure": ours, "plain torch": partial(plain, model, x, y)}
     if DEVICE.type == "cuda":
-        attacks["fastcure, cuda_graph"] = partial(ours, cuda_graph=True)
+        attacks["fastcure, eager"] = partial(ours, cuda_graph=False)
     if find_spec("torchattacks"):
         import torchattacks
 

@@ -1,8 +1,8 @@
 """Who waits for whom on a GPU: what a training step costs the host, and what the device.
 
-`python benchmarks/host_cost.py [--model resnet18] [--batch 128]`. `wall` is a step of a loop that never waits for the
-device, `host` the time until its Python code returns, `busy` the time that kernels and copies run. A step whose `wall`
-is above its `busy` waits for the host. Forward and backward; no optimizer.
+`python benchmarks/host_cost.py [--model resnet18] [--batch 128] [--only auto]`. `wall` is a step of a loop that never
+waits for the device, `host` the time until its Python code returns, `busy` the time that kernels and copies run. A step
+whose `wall` is above its `busy` waits for the host. Forward and backward; no optimizer.
 """
 
 from __future__ import annotations
@@ -17,26 +17,30 @@ from typing import Any
 
 import torch
 from record import write
-from steps import Step, adversarial, compiled_standard, cure, published, standard
+from steps import Step, adversarial, cure, published, standard
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from workloads import DEVICE, Workload
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+MODES: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "at the step": {"loss_at": "step"},
+    "split": {"batch_stats": "split"},
+    "train": {"batch_stats": "train"},
+    "preset": {"batch_stats": "train", "loss_at": "step", "fraction": 0.25},
+}
 STEPS: dict[str, tuple[Step, bool, str]] = {  # title: the step, whether the model is prepared, FASTCURE_BACKEND
     "standard": (standard, True, "auto"),
-    "frozen, prepared, kernels": (cure("eager"), True, "triton"),
-    "frozen, prepared, plain torch": (cure("eager"), True, "torch"),
-    "frozen": (cure("eager"), False, "auto"),
-    "frozen, prepared, cuda_graph": (cure("cuda_graph"), True, "auto"),
-    "split": (cure("eager", "split"), True, "auto"),
-    "train": (cure("eager", "train"), True, "auto"),
-    "preset": (cure("eager", "train", loss_at="step", fraction=0.25), True, "auto"),
+    **{f"{mode}, auto": (cure("auto", **options), True, "auto") for mode, options in MODES.items()},
+    **{f"{mode}, eager": (cure("eager", **options), True, "auto") for mode, options in MODES.items()},
+    "frozen, eager, plain torch": (cure("eager"), True, "torch"),
+    "frozen, eager, not prepared": (cure("eager"), False, "auto"),
     "published schedule": (published, True, "auto"),
     "pgd-7": (adversarial(7), True, "auto"),
-    "standard, compiled": (compiled_standard(), True, "auto"),
-    "frozen, prepared, compile": (cure("compile"), True, "auto"),
 }
+WARM_UP = 6
+"""Steps before any is timed: the engine "auto" replays from the fourth one on."""
 
 
 def count(step: Callable[[], None]) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def count(step: Callable[[], None]) -> dict[str, Any]:
 
 def timed(step: Callable[[], None], rounds: int) -> dict[str, Any]:
     """Return host and wall milliseconds of a step, medians, and its counts."""
-    for _ in range(3):
+    for _ in range(WARM_UP):
         step()
     torch.cuda.synchronize()
     host, wall = [], []
@@ -83,12 +87,14 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10, help="timed; the median counts")
+    parser.add_argument("--only", default="", help="steps whose title has this in it, beside the standard one")
     args = parser.parse_args()
     if DEVICE.type != "cuda":
         parser.error("this measures a GPU's host: there is no CUDA device; benchmarks/cost.py counts without one")
 
     rows: list[dict[str, Any]] = []
-    for title, (step, prepared, backend) in STEPS.items():
+    chosen = {title: row for title, row in STEPS.items() if title == "standard" or args.only in title}
+    for title, (step, prepared, backend) in chosen.items():
         for amp in (torch.float32, torch.bfloat16):
             os.environ["FASTCURE_BACKEND"] = backend
             workload = Workload(args.model, args.batch, amp)

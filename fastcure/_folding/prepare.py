@@ -34,10 +34,11 @@ def prepare(model: nn.Module, x: Tensor) -> nn.Module:
     """Let the penalty fold the batch norms of `model` into the layers before them, where that gives the same value.
 
     The model is run a few times to see which batch norm alone takes the output of a convolution or linear layer, and
-    whether ReLUs alone take the batch norm's, with or without a shortcut: on a GPU those are one kernel. The model is
-    not changed: class, state dict, hooks and ordinary forward stay what they are. Only the evaluation-mode passes of
-    `fastcure.curvature` and `CURE` compute the pairs that were found as one layer, and raise an error if one is no pair
-    any more. Call it again after changing the model's structure, and on a copy of the model.
+    whether ReLUs alone take the batch norm's, with or without a shortcut: those are one kernel where a GPU replays the
+    passes, or images are large. The model is not changed: class, state dict, hooks and ordinary forward stay what they
+    are. Only the evaluation-mode passes of `fastcure.curvature` and `CURE` compute the pairs that were found as one
+    layer, and raise an error if one is no pair any more. Call it again after changing the model's structure, and on a
+    copy of the model.
 
     Args:
         model: the network, or a `CURE` of it.

@@ -64,7 +64,7 @@ def pgd(
     *,
     loss_fn: LossFn = cross_entropy,
     targeted: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Tensor:
     """Projected gradient ascent of the loss within the eps-ball around `x`.
 
@@ -91,8 +91,9 @@ def pgd(
         generator: source of the random starts, on any device; torch's default for x's device if None.
         loss_fn: `(logits, y) -> (B,)`, such as `margin_loss`.
         targeted: descend the loss towards the classes `y`; success is to be classified as them.
-        cuda_graph: on a GPU, capture the step once for each model and shape and replay it: for small batches, where
-            launches take longer than the work. It reserves memory, and Python code of the model runs only once.
+        cuda_graph: on a GPU, capture the step once for each model and shape and replay it, since launches take longer
+            than the work. It reserves memory, and Python code of the model runs only once. By default it is done when
+            a call of a kind comes for the third time, if a replayed step equals the eager one.
 
     Returns:
         `(B, ...)`, detached, in the dtype and memory format of `x`.
@@ -142,21 +143,23 @@ def pgd(
 
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with evaluation_mode(model, loss_fn), folded_layers(model):
-        advance: Callable[[Tensor], Tensor] = partial(one_step, functional, x=x, y=y, step=step, eps=eps)
-        if cuda_graph:
-            advance = REPLAYED.of(model, loss_fn, one_step, (norm, bounds), x, y, step, eps)
-        for _ in range(restarts):
-            adv = uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
-            for _ in range(steps):
-                adv = advance(adv)
-            adv = adv.clone() if cuda_graph else adv
-            bad |= has_nan(adv)
-            if restarts == 1:
-                break
-            new = _judge(functional, adv, y, targeted)
-            bad |= new.score.isnan()
-            best = new if best is None else _better(best, new)
+    with evaluation_mode(model, loss_fn):
+        replay = None
+        if cuda_graph is not False:
+            replay = REPLAYED.of(functional, one_step, (norm, bounds), x, y, step, eps, asked=bool(cuda_graph))
+        advance: Callable[[Tensor], Tensor] = replay or partial(one_step, functional, x=x, y=y, step=step, eps=eps)
+        with folded_layers(model):
+            for _ in range(restarts):
+                adv = uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
+                for _ in range(steps):
+                    adv = advance(adv)
+                adv = adv.clone() if replay else adv
+                bad |= has_nan(adv)
+                if restarts == 1:
+                    break
+                new = _judge(functional, adv, y, targeted)
+                bad |= new.score.isnan()
+                best = new if best is None else _better(best, new)
     check_result(bad, x, bounds)
     return adv if best is None else best.adv
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastcure._folding.layers import replayed
 from fastcure._functional import clones, copy_into
 from fastcure._recorder import Captures, CudaRecorder, Memory, Recorder, key_of, layout_of
 from fastcure._torch_compat import version
@@ -150,9 +151,10 @@ class Captured:
             del inner  # else the capture would find its nodes of parameters, made outside of it
 
         kept = clones(self.statistics)
-        memory.recorder.warm_up(both)
-        self.values, self._replay_forward = memory.recorder.record(forward)
-        gradients, self._replay_backward = memory.recorder.record(backward)
+        with replayed():
+            memory.recorder.warm_up(both)
+            self.values, self._replay_forward = memory.recorder.record(forward)
+            gradients, self._replay_backward = memory.recorder.record(backward)
         copy_into(kept, self.statistics)
         self.parameters = inner.parameters
         self.gradients = [gradient for gradient in gradients if gradient is not None]

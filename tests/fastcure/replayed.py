@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE
+from fastcure._trials import EAGER_RUNS
 from fastcure.engines import ENGINES
-from fastcure.engines.auto import EAGER_STEPS
 
 
 class Net(nn.Module):
@@ -85,7 +85,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 def warmed(device: torch.device, engine: str = "auto") -> Net:
     model = network(device)
-    for _ in range(EAGER_STEPS + 2):  # the first one of a model is watched for dropout
+    for _ in range(EAGER_RUNS + 2):  # the first one of a model is watched for dropout
         CURE(model, engine=engine)(*batch(device, 0)).total.backward()
     assert replays(model, engine)
     return model

@@ -14,8 +14,9 @@ from torch import nn
 
 from fastcure import CURE, curvature, prepare
 from fastcure._recorder import CudaRecorder
+from fastcure._trials import EAGER_RUNS
 from fastcure.engines import ENGINES
-from fastcure.engines.auto import EAGER_STEPS, Auto
+from fastcure.engines.auto import Auto
 from fastcure.engines.cuda_graph import CudaGraph
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -61,7 +62,7 @@ def test_shapes_and_models_in_turn(device: torch.device, options: dict[str, Any]
                 optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
                 optimizer.step()
     for eager, model in pairs:
-        assert replays(model) >= 2 * (5 - EAGER_STEPS)
+        assert replays(model) >= 2 * (5 - EAGER_RUNS)
         same(model, eager)
 
 
@@ -173,7 +174,7 @@ def test_loss_and_penalty_in_backwards_of_their_own(device: torch.device, engine
 def test_a_backward_that_never_comes_holds_nothing_up(device: torch.device, options: dict[str, Any]) -> None:
     model = network(device)
     cure = CURE(model, **options)
-    for _ in range(EAGER_STEPS + 2):  # the first one of a model is watched for dropout
+    for _ in range(EAGER_RUNS + 2):  # the first one of a model is watched for dropout
         cure(*batch(device, 0)).total.backward()
     before = replays(model)
     parts = len(ENGINES["auto"].captures._kept[model])  # type: ignore[attr-defined]

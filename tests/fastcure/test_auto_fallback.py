@@ -15,9 +15,9 @@ from rerun import Rerun
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcure import CURE
+from fastcure import CURE, _trials
 from fastcure._recorder import CudaRecorder
-from fastcure.engines import ENGINES, auto
+from fastcure.engines import ENGINES
 from fastcure.engines.auto import Auto
 from fastcure.engines.cuda_graph import CudaGraph
 
@@ -137,7 +137,7 @@ def test_a_replay_that_is_not_the_eager_step_is_given_up(
 def test_replays_are_compared_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(ENGINES, "auto", Auto(Wrong, "cpu"))
     monkeypatch.setattr(Wrong, "by", 1.0)
-    monkeypatch.setattr(auto, "COMPARED_EVERY", 5)
+    monkeypatch.setattr(_trials, "COMPARED_EVERY", 5)
     model, cpu = network(torch.device("cpu")), torch.device("cpu")
     train(CURE(model), 5, cpu)
     assert replays(model)
@@ -153,7 +153,7 @@ def test_a_value_that_no_key_holds_is_noticed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(ENGINES, "auto", Auto())
-    monkeypatch.setattr(auto, "COMPARED_EVERY", 5)
+    monkeypatch.setattr(_trials, "COMPARED_EVERY", 5)
     hidden, cuda = [1.0], torch.device("cuda")
     globals()["_hidden"] = hidden
     model = Awkward(network(cuda), lambda model, x: model.inner(x) * globals()["_hidden"][0])

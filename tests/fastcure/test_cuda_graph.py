@@ -135,7 +135,7 @@ def test_on_another_device_it_says_so() -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_attack_replayed_is_the_attack(device: torch.device, norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ReplayedSteps(Rerun if device.type == "cpu" else CudaRecorder)
+    steps = ReplayedSteps(Rerun if device.type == "cpu" else CudaRecorder, device.type)
     monkeypatch.setattr("fastcure.attacks._gradient.REPLAYED", steps)
     model, x, y = network(device)
     for attempt in range(3):
@@ -151,6 +151,25 @@ def test_an_attack_replayed_is_the_attack(device: torch.device, norm: Any, monke
             model[0].weight.mul_(1.1)  # type: ignore[index]
         model(x)  # training mode: running statistics move
     assert len(steps.captures._kept[model]) == 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_that_repeats_is_replayed(device: torch.device, norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ReplayedSteps(Rerun if device.type == "cpu" else CudaRecorder, device.type)
+    monkeypatch.setattr("fastcure.attacks._gradient.REPLAYED", steps)
+    model, x, y = network(device)
+    prepare(model, x)
+    for attempt in range(5):
+        advs = []
+        for cuda_graph in (False, None):
+            generator = torch.Generator().manual_seed(attempt)
+            options: dict[str, Any] = {"norm": norm, "generator": generator, "cuda_graph": cuda_graph}
+            advs.append(pgd(model, x.roll(attempt, 0), y, 0.05 * (attempt + 1), steps=4, **options))
+        assert relative(advs[1], advs[0]) < 1e-12
+        with torch.no_grad():
+            model[0].weight.mul_(1.1)  # type: ignore[index]
+        model(x)  # training mode: running statistics move
+    assert [captured.uses for captured in steps.captures._kept[model].values()] == [4]
 
 
 def test_an_attack_on_the_cpu_cannot_be_captured() -> None:
