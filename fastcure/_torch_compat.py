@@ -53,6 +53,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Tell whether `tensor` is a view of another to autograd, which then rewrites both if it changes in place."""
+    return tensor._is_view()
+
+
 def function_of(node: type) -> Any:
     """Return the `autograd.Function` that a kind of node in Python belongs to: nodes have generated classes."""
     return node._forward_cls  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from fastcure import double_backward
 from fastcure.profiling.flops import FlopCounter
+from fastcure.profiling.traffic import TrafficCounter
 
 Function = Callable[..., Tensor]
 
@@ -104,6 +105,41 @@ def test_second_derivatives_by_finite_differences(name: str) -> None:
 @every_operator
 def test_third_derivatives_by_finite_differences(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *inputs: gradients(ours(name), *inputs), inputs_of(name))
+
+
+RELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "in place": lambda x: F.relu_(x * 1),
+    "of a view in place": lambda x: F.relu_((x * 1).view_as(x)),
+}
+
+
+@pytest.mark.parametrize("name", RELUS)
+def test_relu_where_kernels_run_is_torch_s_without_its_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(2, 3, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+    x.data[0, 0, 0] = torch.nan
+
+    def derivatives(context: Any) -> tuple[list[Tensor], int]:
+        with context():
+            y = RELUS[name](x)
+            (first,) = torch.autograd.grad((y * w).sin().sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.nan_to_num().square().sum(), w, create_graph=True)
+        with TrafficCounter() as counter:
+            third = torch.autograd.grad((second.nan_to_num() ** 3).sum(), (x, w), retain_graph=True)
+        return [y, first, second, *third], counter.total
+
+    truth, most = derivatives(nullcontext)
+    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
+    values, moved = derivatives(double_backward)
+    for value, expected in zip(values, truth, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+    assert moved == most if name == "of a view in place" else moved < most
+
+
+def test_a_leaf_that_changes_in_place_is_torch_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
+    with double_backward(), pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        F.relu_(torch.ones(2, requires_grad=True))
 
 
 def penalty_gradients(

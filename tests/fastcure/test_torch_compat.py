@@ -100,6 +100,14 @@ def test_each_backward_has_a_number_of_its_own_and_waits_for_edges_that_carry_no
     assert [name for name, *_ in seen[4:]] == ["early", "late"]
 
 
+@breaks("a rule would change a view in place and leave its base with a wrong history")
+def test_views_are_known() -> None:
+    x = torch.ones(2, 2, requires_grad=True) * 1
+    assert compat.is_view(x[0])
+    assert not compat.is_view(x)
+    assert not compat.is_view(x.clone())
+
+
 @breaks("a rule asked about a leaf would get an answer that it does not know")
 def test_a_leaf_for_whose_gradient_grad_was_called_is_an_error() -> None:
     class OfLeaf(torch.autograd.Function):
