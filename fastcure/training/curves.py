@@ -33,7 +33,7 @@ def draw_curves(
     epochs = range(1, len(history) + 1)
     robust_eps = list(metrics["after"]["pgd"])[-1]
     by_epoch.plot(epochs, [row["clean"] for row in history], color=BLUE, label="clean")
-    label = f"PGD-10, eps {robust_eps}"
+    label = f"PGD-10, eps {float(robust_eps):.4g}"
     by_epoch.plot(epochs, [row["pgd"] for row in history], color=ORANGE, ls="--", label=label)
     by_epoch.set(xlabel="epoch", ylabel=f"accuracy ({followed} validation images)", ylim=(-0.02, 1.02))
 

@@ -193,5 +193,5 @@ def table(metrics: dict[str, Metrics], title: str = "CURE") -> str:
 
     lines = [line("accuracy", columns), line("clean", [f"{of['clean']:.1%}" for of in columns.values()])]
     for eps in metrics["before"]["pgd"]:
-        lines.append(line(f"PGD-10, eps {eps}", [f"{of['pgd'][eps]:.1%}" for of in columns.values()]))
+        lines.append(line(f"PGD-10, eps {float(eps):.4g}", [f"{of['pgd'][eps]:.1%}" for of in columns.values()]))
     return "\n".join(lines)

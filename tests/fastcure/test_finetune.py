@@ -15,7 +15,7 @@ import fastcure.training.finetune as module
 from fastcure.cli import main
 from fastcure.data import Dataset, hold_out
 from fastcure.models import resnet8
-from fastcure.training.finetune import collapse
+from fastcure.training.finetune import collapse, table
 from fastcure.training.run import Run
 from fastcure.training.settings import make_settings
 
@@ -371,3 +371,10 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         "--batch-stats --engine --device --amp --seed --limit --out"
     ).split():
         assert flag in shown
+
+
+def test_the_columns_of_the_table_are_aligned_for_any_radius() -> None:
+    metrics = {name: {"clean": 0.5, "pgd": {"0.0470588": 0.25, "0.1": 1.0}} for name in ("before", "after")}
+    lines = table(metrics).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].startswith("PGD-10, eps 0.04706 ")
