@@ -23,7 +23,7 @@ from fastcure.analysis import (
     robustness_bounds,
 )
 from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
-from fastcure.evaluation.accuracy import accuracy, right
+from fastcure.evaluation.accuracy import accuracy, correct
 from fastcure.evaluation.checklist import masking_checklist
 from fastcure.evaluation.evaluate import evaluate
 from fastcure.evaluation.settings import make_evaluation_settings
@@ -44,7 +44,7 @@ RUNS: dict[str, Run] = {
     "deepfool": deepfool,
     "autoattack": seeded(autoattack, attacks=("apgd-ce",)),
     "accuracy": partial(accuracy, attack=partial(pgd, random_start=False)),
-    "right": right,
+    "correct": correct,
     "curve": partial(accuracy_curve, eps=[0.0, 0.1], steps=2),
     "checklist": lambda *case: [
         item.evidence for item in seeded(masking_checklist, eps=0.1, steps=2, samples=2)(*case)
