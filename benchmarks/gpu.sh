@@ -18,7 +18,7 @@ bench() { "$PYTHON" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*
 tests() {
   local options=() files=(tests/fastcure/test_gpu.py tests/fastcure/test_cuda_graph.py tests/fastcure/test_auto.py
     tests/fastcure/test_auto_fallback.py tests/fastcure/test_attacks_gpu.py
-    tests/fastcure/test_data_loader.py tests/fastcure_kernels)
+    tests/fastcure/test_data_loader.py tests/fastcure/test_random_start.py tests/fastcure_kernels)
   ! has xdist || options+=(-n 8 --maxprocesses 8 --dist worksteal)
   has hypothesis || options+=(--ignore=tests/fastcure_kernels/test_kernel_properties.py)
   has pyautoattack || options+=(--deselect=tests/fastcure/test_attacks_gpu.py::test_autoattack_and_the_checklist_run)
@@ -36,7 +36,7 @@ attacks() { bench benchmarks/bench_attacks.py -k "128 or 512"; }
 measures() { bench benchmarks/bench_measures.py -k "128"; }
 finetune() { "$PYTHON" -m fastcure finetune --preset digits --device cuda --out "$(mktemp -d)/run"; }
 
-declare -A limits=([tests]=150 [host]=90 [step]=120 [kernels]=90 [double_backward]=60 [vit]=60 [attacks]=30 [large]=90
+declare -A limits=([tests]=150 [host]=120 [step]=120 [kernels]=90 [double_backward]=60 [vit]=60 [attacks]=30 [large]=90
   [resnet50]=90 [measures]=60 [finetune]=60)
 export PYTHON
 export -f has bench $(compgen -A function | grep -E "^(tests|host|step|kernels|double_backward|vit|large|resnet50|attacks|measures|finetune)$")
