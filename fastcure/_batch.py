@@ -130,7 +130,7 @@ def evaluate_batch(
         model: the network.
         x: `(B, ...)` images.
         y: labels.
-        h: step, one number or one a sample.
+        h: step, one number or one per sample.
         options: of the penalty.
         parts: as from `plan`.
         direction: `(B, ...)` in place of z, for a plan of one part.

@@ -56,8 +56,8 @@ def curvature(
             Compiled modules in it run uncompiled here.
         x: `(B, ...)` images, floating point, pixels in [0, 1]. A model's first batch is warned of if not.
         y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
-        h: L2 length of the finite step in input units, `> 0`; one number, or one a sample `(B,)`. On N values it is
-            an FGSM step of `h / sqrt(N)` a pixel (`fastcure.h_to_eps`); one too short for the precision is warned of.
+        h: L2 length of the finite step in input units, `> 0`; one number, or one per sample `(B,)`. On N values it is
+            an FGSM step of `h / sqrt(N)` per pixel (`fastcure.h_to_eps`); one too short for the precision is warned of.
         loss_fn: `(logits, y) -> (B,)`; if it is a module, its parameters are trained too.
         power: 2 for the squared norm of the paper's equations, 1 for the norm of its published code.
         engine: "auto", "eager", "compile", "cuda_graph", "first_order" (an estimator, for models without second

@@ -16,7 +16,7 @@ SLACK = 1e-3
 
 
 def check_positive(name: str, value: float | Tensor, *, batch: int | None = None, zero: bool = False) -> None:
-    """Check that a number, or a tensor of one number a sample, is finite and `> 0` (`>= 0` if `zero`).
+    """Check that a number, or a tensor of one number per sample, is finite and `> 0` (`>= 0` if `zero`).
 
     Tensors on another device than the CPU are checked for their shape alone: a look at their values would make the
     host wait for the device.

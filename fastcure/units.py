@@ -1,13 +1,13 @@
 """The step length h of CURE in the units of attacks, and back.
 
-`x + h z` is an FGSM point: on N input values with no gradient entry zero, an L2 length h is `h / sqrt(N)` a pixel.
+`x + h z` is an FGSM point: on N input values with no gradient entry zero, an L2 length h is `h / sqrt(N)` per pixel.
 """
 
 import math
 
 
 def h_to_eps(h: float, values: int) -> float:
-    """Return the step a pixel, in [0, 1] pixel units, of an L2 length `h` on `values` input values.
+    """Return the step per pixel, in [0, 1] pixel units, of an L2 length `h` on `values` input values.
 
     Examples:
         >>> import fastcure
@@ -18,7 +18,7 @@ def h_to_eps(h: float, values: int) -> float:
 
 
 def eps_to_h(eps: float, values: int) -> float:
-    """Return the L2 length of a step of `eps` a pixel on `values` input values.
+    """Return the L2 length of a step of `eps` per pixel on `values` input values.
 
     Examples:
         >>> import fastcure

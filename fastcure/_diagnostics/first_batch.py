@@ -67,7 +67,7 @@ def refuse_randomness(functional: FunctionalLoss, x: Tensor, y: Tensor) -> None:
 
 
 def warn_of_small_step(model: nn.Module, x: Tensor, h: float | Tensor) -> None:
-    """Warn, once a model, of steps that are lost in rounding.
+    """Warn, once per model, of steps that are lost in rounding.
 
     A step moves a pixel by `h / sqrt(N)`; where that is less than the spacing of numbers near 1, pixels fall short of
     it or do not move at all, and the difference of gradients drowns in rounding. Measured on a ResNet in bfloat16 and

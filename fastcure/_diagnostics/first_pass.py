@@ -24,7 +24,7 @@ _ranges: WeakSet[nn.Module] = WeakSet()
 
 
 def look_before_attack(functional: FunctionalLoss, x: Tensor, *, logits: bool = True) -> None:
-    """Have the first pass of `functional` examined, once a model, so that the host waits for a GPU once.
+    """Have the first pass of `functional` examined, once per model, so that the host waits for a GPU once.
 
     Args:
         functional: of the attack; its first call is examined.
@@ -61,7 +61,7 @@ def look_before_measure(functional: FunctionalLoss, x: Tensor, *, logits: bool =
         pixels: whether to look at the range of x.
 
     Warns:
-        UserWarning: once a model, of pixels outside of [0, 1], and within that call of probabilities.
+        UserWarning: once per model, of pixels outside of [0, 1], and within that call of probabilities.
 
     Raises:
         ValueError: within that call, if the model is random in evaluation mode.
@@ -88,7 +88,7 @@ def look_before_measure(functional: FunctionalLoss, x: Tensor, *, logits: bool =
 
 
 def warn_of_probabilities(model: nn.Module, logits: Tensor) -> None:
-    """Warn, once a model, of outputs `(B, C)` that are no logits but probabilities. It waits for a GPU."""
+    """Warn, once per model, of outputs `(B, C)` that are no logits but probabilities. It waits for a GPU."""
     if model in _probabilities or not looks_like_probabilities(logits):
         return
     _probabilities.add(model)

@@ -35,7 +35,7 @@ _examined: WeakSet[nn.Module] = WeakSet()
 
 
 def warn_of_kinks(functional: FunctionalLoss, loss: Tensor, x: Tensor, step: Tensor, y: Tensor) -> None:
-    """Warn, once a model, if the gradient jumps in the model or its loss.
+    """Warn, once per model, if the gradient jumps in the model or its loss.
 
     Args:
         functional: the model and its loss.

@@ -1,4 +1,4 @@
-"""What the modes of a model's modules leave undone in silence: said once a model, by a warning.
+"""What the modes of a model's modules leave undone in silence: said once per model, by a warning.
 
 The passes of the penalty run in evaluation mode. So dropout and its like do nothing there; and `batch_stats="train"`
 or "split" is "frozen" on a model that nobody has put in training mode.

@@ -46,12 +46,12 @@ def frobenius_norm(
     """Estimate ||H||_F of each sample's loss as the root of the mean of ||H v||^2 over Gaussian v.
 
     E ||H v||^2 = ||H||_F^2 for v ~ N(0, I). The standard error is that of the mean, divided by twice the value
-    (delta method). Costs 2 forward passes a probe and at most a fifth more. A finite probe is stepped at the L2
+    (delta method). Costs 2 forward passes per probe and at most a fifth more. A finite probe is stepped at the L2
     length h and its difference scaled to the length of v: a Gaussian step would be sqrt(N) times too long.
 
     Args:
         model, x, y, method, h, chunk_size, loss_fn, progress: see `curvature_profile`.
-        probes: Gaussian vectors a sample, at least 2.
+        probes: Gaussian vectors per sample, at least 2.
         generator: source of the probes, which depend on neither `chunk_size` nor the other samples; torch's default
             if None.
 

@@ -37,7 +37,7 @@ class Products:
         functional: the model in evaluation mode, with its loss.
         x: `(G, ...)` images.
         y: their labels.
-        copies: vectors a sample that go through the model together.
+        copies: vectors per sample that go through the model together.
         h: `(G,)` L2 lengths of the finite step; None for exact products.
         graph: whether exact products will be asked for.
         first: number of the first sample, for messages.
@@ -167,7 +167,7 @@ def by_samples(
         ValueError: if the model is random in evaluation mode.
 
     Warns:
-        UserWarning: once a model, of pixels outside of [0, 1], and of probabilities in place of logits.
+        UserWarning: once per model, of pixels outside of [0, 1], and of probabilities in place of logits.
     """
     model = unwrap(model)
     loss_fn = _wide_cross_entropy if loss_fn is cross_entropy else loss_fn
@@ -200,7 +200,7 @@ def _wide_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def copies_for(vectors: int, chunk_size: int, batch: int = 1) -> int:
-    """Return how many vectors a sample go together: what `chunk_size` leaves room for.
+    """Return how many vectors per sample go together: what `chunk_size` leaves room for.
 
     But at most a fifth of them, so that the graph of g(x) of all copies adds at most a fifth to the products' cost.
     """

@@ -37,7 +37,7 @@ def curvature_profile(
 ) -> CurvatureProfile:
     """Compute the eigenvalues of the input Hessian of each sample's loss.
 
-    The full spectrum costs 2 N forward passes a sample, and N^2 numbers; for more than about a thousand pixels ask
+    The full spectrum costs 2 N forward passes per sample, and N^2 numbers; for more than about a thousand pixels ask
     for the extremes. The finite map v -> (g(x + h v) - g(x)) / h is not linear and its matrix A, whose columns are
     the images of unit vectors, is not symmetric: the finite spectrum is that of (A + A^T) / 2. Finite extremes are
     NOT those of that matrix but Ritz values: the extreme eigenvalues of (Q^T A(Q) + A(Q)^T Q) / 2, A applied to an
@@ -45,10 +45,10 @@ def curvature_profile(
 
     Args:
         model: the network, normalisation inside, which returns logits; used in evaluation mode and left as it was.
-        x: `(B, ...)` images of N values, pixels in [0, 1]. Others are warned of once a model.
+        x: `(B, ...)` images of N values, pixels in [0, 1]. Others are warned of once per model.
         y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
         method: "exact" differentiates twice; "finite" takes a step `h`, and needs no second derivative if k is None.
-        h: L2 length of the finite step, `> 0`, one number or one a sample.
+        h: L2 length of the finite step, `> 0`, one number or one per sample.
         k: how many of each end, `1 <= k <= N / 2`; None for all.
         chunk_size: pairs of a sample and a vector that go through the model together.
         loss_fn: `(logits, y) -> (B,)`.
@@ -61,7 +61,7 @@ def curvature_profile(
         RuntimeError: from torch, if an operator of the model has no second derivative.
 
     Warns:
-        UserWarning: once a model, if it returns probabilities in place of logits.
+        UserWarning: once per model, if it returns probabilities in place of logits.
 
     Examples:
         >>> import torch, fastcure

@@ -60,7 +60,7 @@ def loss_surface(
         FloatingPointError: if a loss is not a finite number.
 
     Warns:
-        UserWarning: once a model, if it returns probabilities in place of logits.
+        UserWarning: once per model, if it returns probabilities in place of logits.
 
     Examples:
         >>> import torch, fastcure

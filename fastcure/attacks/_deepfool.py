@@ -89,7 +89,7 @@ def deepfool(
         FloatingPointError: if a gradient or an output was not a number.
 
     Warns:
-        UserWarning: once a model, if it returns probabilities: distances are then too large, or infinite.
+        UserWarning: once per model, if it returns probabilities: distances are then too large, or infinite.
 
     Examples:
         >>> import torch, fastcure

@@ -104,7 +104,7 @@ def pgd(
             the model look robust.
 
     Warns:
-        UserWarning: once a model, if it returns probabilities in place of logits, or is random in evaluation mode.
+        UserWarning: once per model, if it returns probabilities in place of logits, or is random in evaluation mode.
 
     Examples:
         >>> import torch, fastcure

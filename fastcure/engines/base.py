@@ -36,7 +36,7 @@ class Request:
     """(B, ...) images."""
     y: Tensor
     h: float | Tensor
-    """One number, or one a sample (B,)."""
+    """One number, or one per sample (B,)."""
     power: int = 2
     loss_at: LossAt = "x"
     """Where the loss is taken: at x, or at x + h z. Logits are those at x."""

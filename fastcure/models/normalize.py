@@ -13,7 +13,7 @@ class Normalize(nn.Module):
 
     Args:
         channels: C.
-        mean, std: one number a channel, or one for all.
+        mean, std: one number per channel, or one for all.
 
     Raises:
         ValueError: if there is another count of numbers, or a `std` that is not `> 0`.
@@ -33,7 +33,7 @@ class Normalize(nn.Module):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
-                raise ValueError(f"{name} must have 1 or {channels} values, one a channel, got {len(values)}")
+                raise ValueError(f"{name} must have 1 or {channels} values, one per channel, got {len(values)}")
         if min(std) <= 0:
             raise ValueError(f"std must be > 0, got {min(std)}")
         self.register_buffer("mean", torch.tensor(mean).float().expand(channels).clone())

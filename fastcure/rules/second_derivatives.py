@@ -2,7 +2,7 @@
 
 torch says nothing where a second derivative is missing: of a Function marked `once_differentiable`, or one whose
 backward leaves no graph, it is taken for zero. The graph of a loss names its operators; those that are not torch's own
-are tried once a model.
+are tried once per model.
 """
 
 from __future__ import annotations
