@@ -122,6 +122,8 @@ class Captured:
         self.memory, self.replays = memory, 0
         self.x, self.y = x.detach().clone(), request.y.detach().clone()
         self.h = torch.ones(len(x), dtype=wide, device=x.device)
+        self._filled: float | None = None
+        self._penalised = request.penalised
         self.direction = None if direction is None else direction.detach().clone()
         self.statistics = [buffer for norm in request.moving for buffer in norm.buffers(recurse=False)]
         static = replace(request, x=self.x, y=self.y, h=self.h, direction=self.direction)
@@ -169,8 +171,11 @@ class Captured:
         self.replays += 1
         self.x.copy_(request.x)
         self.y.copy_(request.y)
-        single = not isinstance(request.h, Tensor) or not request.h.dim()
-        self.h.fill_(request.h) if single else self.h.copy_(request.h)  # type: ignore[arg-type]
+        if isinstance(request.h, Tensor):
+            self.h.copy_(request.h) if request.h.dim() else self.h.fill_(request.h)
+        elif request.h != self._filled:
+            self.h.fill_(request.h)
+        self._filled = None if isinstance(request.h, Tensor) else request.h
         if request.direction is not None and self.direction is not None:
             self.direction.copy_(request.direction)
         self._replay_forward()
@@ -195,7 +200,8 @@ class Captured:
             self._replay_forward()
             copy_into(kept, self.statistics)
         step.sent = True
-        for static, weight in ((self.w_loss, w_loss), (self.w_penalty, w_penalty)):
+        weights = [(self.w_loss, w_loss), *([(self.w_penalty, w_penalty)] if self._penalised else [])]
+        for static, weight in weights:
             static.zero_() if weight is None else static.copy_(weight)
         self._replay_backward()
         if not retain:
