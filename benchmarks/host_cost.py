@@ -22,6 +22,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from workloads import DEVICE, Workload
 
+from fastcure.objectives import PGD
+
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 MODES: dict[str, dict[str, Any]] = {
     "frozen": {},
@@ -37,7 +39,7 @@ STEPS: dict[str, tuple[Step, bool, str]] = {  # title: the step, whether the mod
     "frozen, eager, plain torch": (cure("eager"), True, "torch"),
     "frozen, eager, not prepared": (cure("eager"), False, "auto"),
     "published schedule": (published, True, "auto"),
-    "pgd-7": (adversarial(7), True, "auto"),
+    "pgd-7": (adversarial(PGD, steps=7), True, "auto"),
 }
 WARM_UP = 6
 """Steps before any is timed: the engine "auto" replays from the fourth one on."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure import CURE
-from fastcure.attacks import pgd
+from fastcure.objectives import FGSMRS, PGD, Objective
 
 Step = Callable[[nn.Module, Tensor, Tensor], None]
 H, GAMMA = 1.25, 4.0
@@ -80,12 +80,13 @@ def published(model: nn.Module, x: Tensor, y: Tensor) -> None:
     model.train()
 
 
-def adversarial(steps: int, step_size: float | None = None) -> Step:
-    """Return a step of PGD adversarial training (Madry et al., ICLR 2018; one step: Wong et al., ICLR 2020)."""
+def adversarial(kind: type[Objective], **options: Any) -> Step:
+    """Return a step of adversarial training at 8/255."""
 
     def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
-        adv = pgd(model, x, y, eps=8 / 255, step_size=step_size, steps=steps)
-        standard(model, adv, y)
+        model.train()
+        model.zero_grad()
+        kind(model, eps=8 / 255, **options)(x, y).total.backward()
 
     return step
 
@@ -98,7 +99,7 @@ STEPS: dict[str, Step] = {
     "cure, 1/4, at FGSM (ours)": cure("eager", fraction=0.25, loss_at="step"),
     "cure, reference": cure("reference"),
     "cure, published schedule": published,
-    "fgsm-rs": adversarial(1, step_size=10 / 255),
-    "pgd-7": adversarial(7),
-    "pgd-10": adversarial(10),
+    "fgsm-rs": adversarial(FGSMRS),
+    "pgd-7": adversarial(PGD, steps=7),
+    "pgd-10": adversarial(PGD, steps=10),
 }

@@ -45,8 +45,9 @@ def check_types(values: Any) -> None:
             raise ValueError(f"{name} must be {_words(hint)}, got {shortened(value)}")
     for name, hint in hints.items():
         value, choices = getattr(values, name), choices_of(hint)
-        if choices is not None and value is not None and not choices.takes(value):
-            raise ValueError(f"{name} must be one of {choices}, got {shortened(value)}")
+        for each in value if isinstance(value, tuple | list) else [value]:
+            if choices is not None and each is not None and not choices.takes(each):
+                raise ValueError(f"{name} must be one of {choices}, got {shortened(each)}")
 
 
 _annotations: dict[type[Any], dict[str, Any]] = {}
@@ -68,13 +69,15 @@ def choices_of(hint: Any) -> OneOf | None:
         return OneOf(inner)
     if origin is Annotated:
         return next((each for each in inner[1:] if isinstance(each, OneOf)), None)
+    if origin is tuple:
+        return choices_of(inner[0])
     if origin in (Union, UnionType):
         return next((found for one in inner if (found := choices_of(one)) is not None), None)
     return None
 
 
 def plain_type(hint: Any) -> Any:
-    """Return the type of a value that is there: `int` of `int | None`, `str` of `Annotated[str, ...]`."""
+    """Return the type of a value that is there: `int` of `int | None`, `str` of `Annotated[str, ...]`; so in tuples."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return plain_type(next(one for one in inner if one is not NoneType))
@@ -82,7 +85,7 @@ def plain_type(hint: Any) -> Any:
         return plain_type(inner[0])
     if origin is Literal:
         return type(inner[0])
-    return origin or hint
+    return tuple[plain_type(inner[0]), ...] if origin is tuple else origin or hint  # type: ignore[misc]
 
 
 def check_whole_numbers(values: Any, least: Mapping[str, int]) -> None:

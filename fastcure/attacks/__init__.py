@@ -1,9 +1,24 @@
 """Attacks: images near the given ones that a model gets wrong, in pixels in [0, 1]."""
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
 from fastcure.attacks._autoattack import autoattack
 from fastcure.attacks._deepfool import DeepFool, deepfool
 from fastcure.attacks._gradient import fgsm, pgd
 from fastcure.attacks._margin import margin_loss
 from fastcure.attacks._spsa import spsa
 
-__all__ = ["DeepFool", "autoattack", "deepfool", "fgsm", "margin_loss", "pgd", "spsa"]
+
+def _fgsm(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    return fgsm(model, x, y, eps)  # draws nothing
+
+
+ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": _fgsm, "pgd": pgd, "spsa": spsa, "autoattack": autoattack}
+"""The attacks of `fastcure evaluate`: each takes a model, images, labels, `eps` (L-infinity) and `generator`."""
+
+__all__ = ["ATTACKS", "DeepFool", "autoattack", "deepfool", "fgsm", "margin_loss", "pgd", "spsa"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -24,13 +25,14 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
             continue
         if (choices := choices_of(hint)) is not None:
             words += f" One of {choices}."
-        shown = ",".join(f"{value:.3g}" for value in default) if isinstance(default, tuple) else default
+        shown = ",".join(map(_shown, default)) if isinstance(default, tuple) else default
         if shown is not None:
             words += f" ({shown})"
         alone = field.metadata["alone"]
         optional: dict[str, Any] = {} if alone is None else {"nargs": "?", "const": alone}
-        read = _numbers if kind is tuple else kind
-        parser.add_argument(flag, type=read, metavar=name.upper(), help=words.replace("%", "%%"), **optional)
+        parser.add_argument(
+            flag, type=READERS.get(kind, kind), metavar=name.upper(), help=words.replace("%", "%%"), **optional
+        )
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -43,3 +45,16 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not all(map(math.isfinite, found)):
         raise argparse.ArgumentTypeError(f"finite numbers such as 8/255,0.1, got {shortened(text)}")
     return found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Read `fgsm,pgd`."""
+    return tuple(text.split(","))
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+READERS: dict[Any, Callable[[str], Any]] = {tuple[float, ...]: _numbers, tuple[str, ...]: _words}
+"""Reads the text of a flag, by its type; other types read it themselves."""

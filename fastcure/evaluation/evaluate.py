@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastcure._environment import environment, pick_device
 from fastcure._extras import need
 from fastcure._inference import outside_inference_mode
-from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
+from fastcure.attacks import ATTACKS, deepfool
 from fastcure.data import Dataset, limited, load, sampled
 from fastcure.evaluation.accuracy import correct
 from fastcure.evaluation.checklist import Check, masking_checklist, verdict
@@ -40,9 +40,9 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         say: takes each line of the report.
 
     Returns:
-        `clean`; `fgsm`, `pgd` and if asked for `spsa` and `autoattack`: `{eps: accuracy}`; `deepfool`, `{"mean",
-        "median", "found"}` over the images classified rightly (L2 lengths, the mean of those found); if asked for
-        `checklist`, its items; and `settings`, `images` (how many) of `test_set` (how many), `environment`.
+        `clean`; of each of `settings.attacks`, `{eps: accuracy}`; `deepfool`, `{"mean", "median", "found"}` over the
+        images classified correctly (L2 lengths, the mean of those found); if asked for `checklist`, its items; and
+        `settings`, `images` (how many) of `test_set` (how many), `environment`.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: before anything is written, if a setting, the data or the model is
@@ -57,8 +57,8 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
 def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
     assert settings.model is not None
     assert settings.dataset is not None
-    if settings.autoattack:
-        need("pyautoattack", purpose="by --autoattack")
+    if "autoattack" in settings.attacks:
+        need("pyautoattack", purpose="by --attacks autoattack")
     whole = load(settings.dataset, settings.data_dir)
     data = limited(whole, settings.limit, settings.seed)
     shape = data.x_test.shape[1:]
@@ -74,19 +74,14 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     )
     measure = _Measure(model, data, ranks, settings)
     steps, starts = settings.steps, settings.restarts
-    attacks: dict[str, tuple[str, Callable[..., Tensor]]] = {
-        "fgsm": ("FGSM", lambda *args, generator, **options: fgsm(*args, **options)),
-        "pgd": (f"PGD-{steps}" + (f" x {starts}" if starts > 1 else ""), partial(pgd, steps=steps, restarts=starts)),
-    }
-    if settings.spsa:
-        attacks["spsa"] = ("SPSA", spsa)
-    if settings.autoattack:
-        attacks["autoattack"] = ("AutoAttack", partial(autoattack, batch_size=settings.batch_size))
+    titles = {"pgd": f"PGD-{steps}" + (f" x {starts}" if starts > 1 else ""), "autoattack": "AutoAttack"}
+    options = {"pgd": {"steps": steps, "restarts": starts}, "autoattack": {"batch_size": settings.batch_size}}
 
     results: Results = {"clean": measure.accuracy("clean")}
     say(f"{'accuracy':<14}" + "".join(f" {f'eps {eps:.3g}':>10}" for eps in settings.eps))
     say(f"{'clean':<14} {results['clean']:10.1%}")
-    for name, (title, attack) in attacks.items():
+    for name in settings.attacks:
+        title, attack = titles.get(name, name.upper()), partial(ATTACKS[name], **options.get(name, {}))
         found = {eps: measure.accuracy(f"{title} {eps:.3g}", attack, eps) for eps in settings.eps}
         results[name] = {f"{eps:.6g}": value for eps, value in found.items()}
         say(f"{title:<14}" + "".join(f" {value:10.1%}" for value in found.values()))

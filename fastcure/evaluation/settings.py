@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from fastcure._fields import OneOf, check_types, check_whole_numbers
 from fastcure._writing import json_bytes, write_whole
+from fastcure.attacks import ATTACKS
 from fastcure.data import ADDRESSES, DATASETS
 from fastcure.models import MODELS
 from fastcure.models.loading import FUNCTION
@@ -71,8 +72,9 @@ class EvaluationSettings(Measurement):
     eps: tuple[float, ...] = setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
     steps: int = setting(10, "Of PGD.")
     restarts: int = setting(1, "Random starts of PGD; the best of each image counts.")
-    spsa: bool = setting(False, "Also attack without gradients.")
-    autoattack: bool = setting(False, "Also run AutoAttack, the field's standard (slow).")
+    attacks: tuple[Annotated[str, OneOf(ATTACKS)], ...] = setting(
+        ("fgsm", "pgd"), "Attacks, joined by commas; spsa uses no gradients, autoattack is the field's standard (slow)."
+    )
     checklist: bool = setting(False, "Also look for gradient masking, at the last radius, with the surrogate.")
 
     least: ClassVar[dict[str, int]] = {**Measurement.least, "steps": 1, "restarts": 1}

@@ -291,7 +291,8 @@ def measures(rank: int, folder: Path, ports: list[int]) -> None:
 
 
 MEASURES = {
-    "evaluate": "--batch-size 5 --limit 13 --eps 0.05,0.1 --restarts 2 --spsa --steps 3 --device cpu".split(),
+    "evaluate": "--batch-size 5 --limit 13 --eps 0.05,0.1 --attacks fgsm,pgd,spsa --restarts 2 --steps 3 "
+    "--device cpu".split(),
     "analyze": "--batch-size 5 --limit 13 --probes 3 --extremes 2 --device cpu".split(),
 }
 """Batches of 5, 5 and 3: the second process gets one and the first the odd one, too."""

@@ -13,6 +13,7 @@ import pytest
 from robustness_summary import overview, summary
 from robustness_table import Table
 
+from fastcure.attacks import ATTACKS
 from fastcure.data import ADDRESSES, DATASETS
 from fastcure.engines import ENGINES
 from fastcure.models import MODELS
@@ -66,6 +67,7 @@ CHOICES: dict[tuple[str, str], set[str]] = {
     ("commands", "`--objective`"): {*OBJECTIVES},
     ("commands", "`--dataset`"): {*DATASETS, *ADDRESSES},
     ("commands", "`--model`"): {*MODELS, FUNCTION},
+    ("commands", "`--attacks`"): {*ATTACKS},
     ("commands", "preset"): {*PRESETS},
     ("recipes/own-loop", "`engine=`"): {f'"{name}"' for name in ENGINES},
 }

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fastcure.evaluation.evaluate as evaluation
-from fastcure.attacks import autoattack, pgd
+from fastcure.attacks import ATTACKS, autoattack, pgd
 from fastcure.cli import main
 from fastcure.data import stratified
 from fastcure.evaluation.accuracy import batches
@@ -134,10 +133,10 @@ def test_the_run_before_cure_is_its_other_checkpoint(place: Place, capsys: pytes
 
 
 def test_all_attacks(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(evaluation, "autoattack", functools.partial(autoattack, attacks=("apgd-ce",)))
+    monkeypatch.setitem(ATTACKS, "autoattack", functools.partial(autoattack, attacks=("apgd-ce",)))
     flags = [
-        "--spsa",
-        "--autoattack",
+        "--attacks",
+        "pgd,spsa,autoattack",
         "--checklist",
         "--eps",
         "8/255",
@@ -153,6 +152,7 @@ def test_all_attacks(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert [item["passed"] is None for item in found["checklist"]] == [False] * 6
     assert found["checklist"][0]["evidence"]["margin"] == 0.02
     shown = capsys.readouterr().out
+    assert "fgsm" not in found
     for title in ("PGD-3 x 2", "SPSA", "AutoAttack", "gradient masking: ", "an unbounded attack"):
         assert title in shown
 
@@ -165,7 +165,7 @@ def test_a_seed_repeats_and_another_differs(place: Place, monkeypatch: pytest.Mo
         starts.append(adv)
         return adv
 
-    monkeypatch.setattr(evaluation, "pgd", recorded)
+    monkeypatch.setitem(ATTACKS, "pgd", recorded)
     found = {}
     for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
         starts.clear()
@@ -342,7 +342,7 @@ def test_without_memory_the_batch_size_is_named(
     def fail(*_: object, **__: object) -> Tensor:
         return torch.empty(2**55)
 
-    monkeypatch.setattr(evaluation, "pgd", fail)
+    monkeypatch.setitem(ATTACKS, "pgd", fail)
     assert main(["evaluate", "--run", "run", "--out", "out.json"]) == 2
     error = capsys.readouterr().err
     assert error == "fastcure: error: memory does not suffice for 256 images at a time: lower --batch-size\n"
@@ -377,7 +377,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for flag in (
-        "--run --model --checkpoint --mean --std --dataset --data-dir --eps --steps --restarts --spsa --autoattack "
+        "--run --model --checkpoint --mean --std --dataset --data-dir --eps --steps --restarts --attacks "
         "--checklist --surrogate --limit --batch-size --device --seed --out"
     ).split():
         assert flag in shown
