@@ -36,6 +36,7 @@ from fastcure.training.run_folder import reserved
 from fastcure.training.schedule import parse_schedule
 from fastcure.training.tally import Tally
 
+STATEFUL = "--objective trades --steps 1 --batch-stats train --optimizer sgd --lr 1e-2 --ema 0.9".split()
 DEADLINE = 240
 """Seconds after which a process prints the stacks of its threads and ends: less than pytest allows a test."""
 
@@ -226,12 +227,14 @@ class Commands:
 def runs(rank: int, npz: Path, folder: Path, ports: list[int]) -> int:
     """A run in peace; one that the second process is told to stop, and its continuation; one that disagrees.
 
+    With random starts of each process's own, statistics of batch norms, momentum and averaged weights.
+
     Returns the steps that the stopped one took.
     """
     commands = Commands(rank, folder, ports)
 
     def run(name: str, out: str, *flags: str) -> None:
-        commands(name, "finetune", "--dataset", f"npz:{npz}", "--out", str(folder / out), *SMALL, *flags)
+        commands(name, "finetune", "--dataset", f"npz:{npz}", "--out", str(folder / out), *SMALL, *STATEFUL, *flags)
 
     run("whole", "whole")
     pause, taken = Run._pause, []
