@@ -54,8 +54,12 @@ def warn_of_idle_norms(model: nn.Module, batch_stats: str) -> None:
 
 
 @contextlib.contextmanager
-def regularisation_left_out(model: nn.Module, loss_fn: object, engine: str, batch_stats: str) -> Iterator[None]:
+def regularisation_left_out(
+    model: nn.Module, loss_fn: object, engine: str, batch_stats: str, instead: str = "split"
+) -> Iterator[None]:
     """Around the passes of the penalty, whose loss comes from them: warn of the regularisation that these leave out.
+
+    The warning names the `batch_stats` to choose `instead`.
 
     Modules are named if they are in training mode and drop something, and functional calls of dropout if the model is
     in training mode: those of the first batch that it sees in that mode, unless a compiler runs it.
@@ -77,7 +81,7 @@ def regularisation_left_out(model: nn.Module, loss_fn: object, engine: str, batc
         some = ", ".join(found[:4]) + f" and {len(found) - 4} more" * (len(found) > 4)
         warn(
             f"loss and penalty are computed in evaluation mode, which leaves out {some}: the model is trained without "
-            "it; batch_stats='split' has it in the loss. Where that is meant, set it to 0 or to evaluation mode"
+            f"it; batch_stats={instead!r} has it in the loss. Where that is meant, set it to 0 or to evaluation mode"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from fastcure._diagnostics.modes import regularisation_left_out
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, unwrap
 from fastcure._torch_compat import FSDP_ATTRIBUTE
 
@@ -98,9 +100,15 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def passes(self) -> AbstractContextManager[None]:
-        """Return the context in which the passes of the loss run, by `batch_stats`."""
-        return evaluation_mode(self.model) if self._known(self.batch_stats) == "frozen" else nullcontext()
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """The context in which the passes of the loss run, by `batch_stats`; it warns once of dropout that is left out."""
+        if self._known(self.batch_stats) != "frozen":
+            yield
+            return
+        left_out = regularisation_left_out(self.model, self.loss_fn, "eager", self.batch_stats, instead="train")
+        with left_out, evaluation_mode(self.model):
+            yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `forward`, unless a setting was set where it has no effect."""

@@ -125,7 +125,7 @@ def test_every_objective_has_a_definition() -> None:
 @pytest.mark.parametrize("batch_stats", ["train", "frozen"])
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_it_is_its_definition(name: str, batch_stats: str) -> None:
-    (x, y), model = batch(), network(dropout=0.2)
+    (x, y), model = batch(), network(dropout=0.2 if batch_stats == "train" else 0.0)
     other, attacked = copy.deepcopy(model), copy.deepcopy(model).eval()
     other.train(batch_stats == "train")
     objective = make(name, model, batch_stats=batch_stats)
@@ -207,6 +207,15 @@ def test_label_smoothing_is_torchs(smoothing: float) -> None:
     torch.testing.assert_close(SmoothedCrossEntropy(smoothing)(logits, soft), wanted)
     with pytest.raises(ValueError, match=r"label smoothing must be in \[0, 1\), got 1"):
         SmoothedCrossEntropy(1.0)
+
+
+def test_dropout_that_frozen_passes_leave_out_is_warned_of_once() -> None:
+    (x, y), model = batch(), network(dropout=0.2)
+    Standard(model)(x, y)
+    objective = Standard(model, batch_stats="frozen")
+    with pytest.warns(UserWarning, match=r"leaves out 4 \(Dropout, 0\.2\).* batch_stats='train' has it"):
+        objective(x, y)
+    objective(x, y)
 
 
 def test_a_loss_of_ones_own_is_attacked_and_trained() -> None:
