@@ -1,14 +1,15 @@
 """Who waits for whom on a GPU: what a training step costs the host, and what the device.
 
-`python benchmarks/host_cost.py [--model resnet18] [--batch 128] [--only auto]`. `wall` is a step of a loop that never
-waits for the device, `host` the time until its Python code returns, `busy` the time that kernels and copies run. A step
-whose `wall` is above its `busy` waits for the host. Forward and backward; no optimizer.
+`python benchmarks/host_cost.py [--model resnet18] [--batch 128] [--only "auto|pgd"]`. `wall` is a step of a loop that
+never waits for the device, `host` the time until its Python code returns, `busy` the time that kernels and copies run.
+A step whose `wall` is above its `busy` waits for the host. Forward and backward; no optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -89,13 +90,13 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10, help="timed; the median counts")
-    parser.add_argument("--only", default="", help="steps whose title has this in it, beside the standard one")
+    parser.add_argument("--only", default="", help="steps whose title this pattern finds, beside the standard one")
     args = parser.parse_args()
     if DEVICE.type != "cuda":
         parser.error("this measures a GPU's host: there is no CUDA device; benchmarks/cost.py counts without one")
 
     rows: list[dict[str, Any]] = []
-    chosen = {title: row for title, row in STEPS.items() if title == "standard" or args.only in title}
+    chosen = {title: row for title, row in STEPS.items() if title == "standard" or re.search(args.only, title)}
     for title, (step, prepared, backend) in chosen.items():
         for amp in (torch.float32, torch.bfloat16):
             os.environ["FASTCURE_BACKEND"] = backend

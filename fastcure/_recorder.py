@@ -54,10 +54,25 @@ class CudaRecorder:
     def record(self, work: Work) -> tuple[Tensors, Callable[[], object]]:
         """Capture `work`."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a loader that pins memory) may go on allocating.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            results = work()
+        try:
+            # Other threads (a loader that pins memory) may go on allocating.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                results = work()
+        except BaseException:
+            _revive_generator()
+            raise
         return results, graph.replay
+
+
+def _revive_generator() -> None:
+    """Let random numbers be drawn again: some releases of torch expect the end of a capture that was aborted."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.get_state()
+    try:
+        torch.rand(1, device="cuda")
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    generator.set_state(state)
 
 
 @cache
