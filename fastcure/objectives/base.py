@@ -102,7 +102,7 @@ class Objective(nn.Module):
 
     @contextmanager
     def passes(self) -> Iterator[None]:
-        """The context in which the passes of the loss run, by `batch_stats`; it warns once of dropout that is left out."""
+        """The context of the passes of the loss, by `batch_stats`; it warns once of dropout that is left out."""
         if self._known(self.batch_stats) != "frozen":
             yield
             return
