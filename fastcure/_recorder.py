@@ -59,16 +59,11 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 results = work()
         except BaseException:
-<<<<<<< Updated upstream
             _revive_generator()
-=======
-            _release_random_numbers()
->>>>>>> Stashed changes
             raise
         return results, graph.replay
 
 
-<<<<<<< Updated upstream
 def _revive_generator() -> None:
     """Let random numbers be drawn again: some releases of torch expect the end of a capture that was aborted."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -78,12 +73,6 @@ def _revive_generator() -> None:
     except RuntimeError:
         generator.graphsafe_set_state(generator.clone_state())
     generator.set_state(state)
-=======
-def _release_random_numbers() -> None:
-    """Have the generator draw outside of captures again: torch 2.11 leaves it within one that failed."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
->>>>>>> Stashed changes
 
 
 @cache
