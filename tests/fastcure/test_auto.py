@@ -196,3 +196,16 @@ def test_gradients_that_are_kept_stay(device: torch.device) -> None:
         p.grad = None
     CURE(model)(*batch(device, 2)).total.backward()
     assert all(torch.equal(a, b) for a, b in zip(kept, values, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize(("options", "memories"), [({}, 1), (MODES["preset"], 2)], ids=str)
+def test_captures_that_take_turns_share_their_memory(
+    device: torch.device, options: dict[str, Any], memories: int
+) -> None:
+    """The parts of a batch wait for one backward together, so each has its own."""
+    model = network(device)
+    train(CURE(model, engine="cuda_graph", **options), 2, device, sizes=(8, 12, 16))
+    captures = ENGINES["cuda_graph"].captures  # type: ignore[attr-defined]
+    (of_stream,) = captures._memories[model].values()
+    assert len(of_stream) == memories
+    assert len(captures._kept[model]) == 3 * memories

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import curvature, explain, prepare
+from fastcure._folding import layers
 from fastcure._folding.pending import Pending
 
 FUSED = {  # of the ReLUs that run
@@ -166,3 +167,13 @@ def test_nothing_is_held_after_the_backward() -> None:
         assert counts[0] == counts[1]
     finally:
         gc.enable()
+
+
+def test_small_images_are_fused_only_where_a_launch_costs_the_host_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "use_triton", lambda x: True)
+    monkeypatch.setenv("FASTCURE_BACKEND", "auto")
+    small, large = torch.empty(8), torch.empty(layers.LARGE // 4, device="meta")
+    assert [layers._is_worth_a_kernel(x) for x in (small, large)] == [False, True]
+    with layers.replayed():
+        assert layers._is_worth_a_kernel(small)
+    assert not layers._is_worth_a_kernel(small)
