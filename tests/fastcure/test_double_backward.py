@@ -404,3 +404,14 @@ def test_a_pass_for_the_gradient_of_the_image_computes_no_gradient_of_a_weight()
         forward = counter.total
         torch.autograd.grad(y, point, create_graph=True)
     assert counter.total == 2 * forward
+
+
+def test_subclasses_of_tensor_keep_the_derivatives_of_torch() -> None:
+    class Subclass(Tensor):
+        pass
+
+    x, weight = torch.rand(1, 2, 4, 4, requires_grad=True), torch.rand(3, 2, 3, 3)
+    with double_backward():
+        ordinary, other = F.conv2d(x, weight), F.conv2d(x.as_subclass(Subclass), weight)
+    assert ordinary.grad_fn.name() == "_ConvolutionBackward"
+    assert other.grad_fn.next_functions[0][0].name() == "ConvolutionBackward0"  # below what makes it a Subclass
