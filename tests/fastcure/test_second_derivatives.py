@@ -321,6 +321,14 @@ def test_hard_activations_are_torchs_at_their_edges(name: str) -> None:
     torch.testing.assert_close(plain_derivative[:-1], derivative[:-1])
 
 
+def test_running_statistics_take_the_momentum_given() -> None:
+    x, mean, var = torch.randn(6, 3, 4, dtype=torch.float64), torch.zeros(3).double(), torch.ones(3).double()
+    with PlainOperators():
+        F.batch_norm(x, mean, var, training=True, momentum=0.3)
+    torch.testing.assert_close(mean, 0.3 * x.mean((0, 2)))
+    torch.testing.assert_close(var, 0.7 + 0.3 * x.var((0, 2)))
+
+
 @of_torch
 @pytest.mark.parametrize("name", ["hardsigmoid", "hardswish", "hardswish called"])
 def test_hard_activations_compiled(name: str, aot_eager: None) -> None:
