@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from fastcure_kernels import linf_step
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from fastcure import _functional
 from fastcure._folding.layers import folded_layers
-from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
+from fastcure._functional import FunctionalLoss, LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
 from fastcure._validation import check_batch, check_pixels, check_positive
 from fastcure.attacks._gradient import attack_gradient
 from fastcure.attacks._random_start import uniform_in_ball
+from fastcure.attacks._replay import REPLAYED
 from fastcure.objectives.base import Objective, ObjectiveOutput
 
 
@@ -64,11 +66,19 @@ class Attacked(Objective):
             self._looked = True
         model, eps, step_size = unwrap(self.model), self.eps, self.relative_step * self.eps / self.steps
         loss_at = _functional.FunctionalLoss(model, loss_fn, trainable=False)
-        with evaluation_mode(model, loss_fn), folded_layers(model):
-            adv = uniform_in_ball(x, eps, "linf", (0.0, 1.0), self.generator) if self.random_start else x
-            for _ in range(self.steps):
-                adv = linf_step(adv, attack_gradient(loss_at, adv, y), x, step_size, eps, 0.0, 1.0)
-        return adv
+        x = x.detach()
+        with evaluation_mode(model, loss_fn):
+            replay = REPLAYED.of(loss_at, _step, "objective", x, y, step_size, eps, asked=False)
+            advance = replay or partial(_step, loss_at, x=x, y=y, step=step_size, eps=eps)
+            with folded_layers(model):
+                adv = uniform_in_ball(x, eps, "linf", (0.0, 1.0), self.generator) if self.random_start else x
+                for _ in range(self.steps):
+                    adv = advance(adv)
+        return adv.clone() if replay else adv
+
+
+def _step(functional: FunctionalLoss, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
+    return linf_step(adv, attack_gradient(functional, adv, y), x, step, eps, 0.0, 1.0)
 
 
 class AdversarialTraining(Attacked):

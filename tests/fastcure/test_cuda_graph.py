@@ -18,6 +18,7 @@ from fastcure.attacks._replay import ReplayedSteps
 from fastcure.engines import ENGINES
 from fastcure.engines.cuda_graph import CudaGraph
 from fastcure.models import resnet8
+from fastcure.objectives import PGD
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -170,6 +171,24 @@ def test_an_attack_that_repeats_is_replayed(device: torch.device, norm: Any, mon
             model[0].weight.mul_(1.1)  # type: ignore[index]
         model(x)  # training mode: running statistics move
     assert [captured.uses for captured in steps.captures._kept[model].values()] == [4]
+
+
+def test_adversarial_training_replays_its_attack(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for where in (device.type, "none"):
+        steps = ReplayedSteps(Rerun if device.type == "cpu" else CudaRecorder, where)
+        monkeypatch.setattr("fastcure.objectives.adversarial.REPLAYED", steps)
+        model, x, y = network(device)
+        objective = PGD(model, eps=0.05, steps=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(5):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            objective(x, y.roll(step)).total.backward()
+            optimizer.step()
+        assert len(steps.captures._kept.get(model, {})) == (where != "none")
+        states.append([p.detach() for p in model.parameters()])
+    same(*states)
 
 
 def test_an_attack_on_the_cpu_cannot_be_captured() -> None:
