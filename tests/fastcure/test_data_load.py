@@ -1,6 +1,7 @@
 """Names, the checks common to all formats, and what importing the package brings in."""
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcure.data import Dataset, load
+from fastcure.data import ADDRESSES, DATASETS, Dataset, load
 from fastcure.data.dataset import Split, checked
 from fastcure.data.files import read_exactly
 
@@ -28,7 +29,7 @@ def test_imports_torch_and_numpy_only() -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "", "npz:", "hf", "CIFAR10", "digits:x"])
 def test_unknown_name_lists_the_known(name: str) -> None:
-    with pytest.raises(ValueError, match=r"must be one of digits, fashion-mnist, svhn, cifar10, npz:PATH, hf:OWNER"):
+    with pytest.raises(ValueError, match="must be one of " + re.escape(", ".join([*DATASETS, *ADDRESSES]))):
         load(name)
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import fastcure.training.finetune as module
 from fastcure.cli import main
-from fastcure.data import Dataset, hold_out
-from fastcure.models import resnet8
+from fastcure.data import ADDRESSES, DATASETS, Dataset, hold_out
+from fastcure.models import MODELS, resnet8
 from fastcure.training.finetune import collapse, table
 from fastcure.training.run import Run
 from fastcure.training.settings import make_settings
@@ -222,7 +222,7 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--validation", "48"], "validation must leave images to train on, got 48 of the 48 training images"),
         (
             ["--model", "vgg"],
-            "model must be one of resnet8, resnet18, wide_resnet28_10, package.module:function, got 'vgg'",
+            f"model must be one of {', '.join(MODELS)}, package.module:function, got 'vgg'",
         ),
         (["--engine", "fast"], "engine must be one of auto"),
         (
@@ -258,7 +258,7 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--checkpoint", "nowhere.safetensors"], "checkpoint nowhere.safetensors does not exist"),
         (
             ["--dataset", "mnist"],
-            "dataset must be one of digits, fashion-mnist, svhn, cifar10, npz:PATH, hf:OWNER/NAME, got 'mnist'",
+            f"dataset must be one of {', '.join([*DATASETS, *ADDRESSES])}, got 'mnist'",
         ),
         (["--dataset", "svhn", "--data-dir", "nowhere"], "train_32x32.mat"),
         (["--dataset", "npz:nowhere.npz"], "nowhere.npz"),

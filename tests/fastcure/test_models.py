@@ -43,7 +43,7 @@ def test_batch_norms_are_followed_by_relu_in_the_first_network() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: build("resnet9"), "model must be one of resnet8, resnet18, wide_resnet28_10, got 'resnet9'"),
+        (lambda: build("resnet9"), f"model must be one of {', '.join(MODELS)}, got 'resnet9'"),
         (lambda: Normalize(3, (0.1, 0.2), (1.0,)), "mean must have 1 or 3 values"),
         (lambda: Normalize(1, (0.1,), (0.0,)), "std must be > 0, got 0.0"),
         (lambda: WideResNet(depth=27), "depth must be 10, 16, 22, 28, ..., got 27"),

@@ -26,6 +26,7 @@ from fastcure.objectives import (
     Standard,
 )
 from fastcure.profiling.flops import FlopCounter
+from fastcure.training.objective import OPTIONS, SCHEDULES
 
 EPS = 0.1
 
@@ -116,6 +117,11 @@ DEFINITIONS = {
     "trades": trades,
     "input-gradient": input_gradient,
 }
+
+
+def test_every_setting_is_one_of_finetune() -> None:
+    settings = {name for kind in OBJECTIVES.values() for name in kind.settings} - {"loss_fn"}
+    assert settings <= {*OPTIONS, *SCHEDULES}, "a new setting needs a field in training/settings.py, and its name here"
 
 
 def test_every_objective_has_a_definition() -> None:
