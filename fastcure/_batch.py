@@ -19,7 +19,7 @@ from fastcure._diagnostics.first_batch import first_batch, warn_of_small_step
 from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure._distributed import averaged_once, refuse_static_graph, refuse_wrappers_within
 from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
-from fastcure._one_thread import one_thread
+from fastcure._model_lock import one_thread
 from fastcure._torch_compat import BatchNormBase, backward_retains_graph, foreach_add, not_inside_torch_compile
 from fastcure._validation import check_batch, check_positive, refuse_transforms
 from fastcure.engines import LOSS_ONLY, Engine, Evaluation, LossAt, Request, engine_called

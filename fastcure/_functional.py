@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from fastcure._one_thread import one_thread
+from fastcure._model_lock import one_thread
 from fastcure._torch_compat import foreach_copy, uncompiled
 from fastcure._validation import check_classes
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastcure._cuda_graphs import Capture, Captures
 from fastcure._diagnostics.first_batch import random_states
-from fastcure._recorder import Capture, Captures
 from fastcure._torch_compat import TorchDispatchMode, has_hooks, somebody_listens, tree_leaves
 
 logger = logging.getLogger("fastcure")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure._folding.pending import Pending
-from fastcure._one_thread import one_thread
+from fastcure._model_lock import one_thread
 from fastcure._torch_compat import (
     PARTS_OF_FORWARD,
     convolve,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, find_logits, unwrap
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import check_classes, check_labels
 from fastcure.analysis.lanczos import extremes
 from fastcure.analysis.products import Products, Progress, by_samples, check_measurement

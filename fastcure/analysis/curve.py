@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import Bounds, check_images, check_labels, check_pixels
 from fastcure.attacks import pgd
 from fastcure.attacks._arguments import Norm, check_bounds

@@ -9,7 +9,7 @@ from fastcure_kernels import direction
 from torch import Tensor, nn
 
 from fastcure._functional import LossFn, cross_entropy
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastcure._diagnostics.first_pass import look_before_measure, takes_logits
 from fastcure._folding.layers import folded_layers
 from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, input_gradient, unwrap
-from fastcure._one_thread import one_thread
+from fastcure._model_lock import one_thread
 from fastcure._validation import check_batch, check_labels, check_positive
 from fastcure.rules import double_backward
 from fastcure.rules.second_derivatives import Twice, missing_derivatives

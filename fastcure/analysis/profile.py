@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._functional import LossFn, cross_entropy
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure.analysis.lanczos import extremes
 from fastcure.analysis.products import Method, Products, Progress, by_samples, check_measurement, copies_for
 

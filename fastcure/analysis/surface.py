@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_measure, takes_logits
 from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, unwrap
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import Bounds, check_pixels, check_positive
 from fastcure.analysis.products import check_measurement
 from fastcure.attacks._arguments import check_bounds

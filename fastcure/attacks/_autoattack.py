@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack
 from fastcure._functional import FunctionalLoss, evaluation_mode, unwrap
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import check_batch, check_classes, check_labels, check_pixels, check_positive
 from fastcure.attacks._arguments import Norm, check_counts, check_numbers, hard_labels, has_no_class
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_measure
 from fastcure._functional import FunctionalLoss, evaluation_mode, unreachable, unwrap
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import (
     Bounds,
     check_batch,

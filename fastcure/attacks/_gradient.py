@@ -10,11 +10,11 @@ import torch
 from fastcure_kernels import l2_step, linf_step
 from torch import Tensor, nn
 
+from fastcure._cuda_graphs import CudaRecorder
 from fastcure._diagnostics.first_pass import look_before_attack, takes_logits
 from fastcure._folding.layers import folded_layers
 from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, input_gradient, unwrap
-from fastcure._inference import outside_inference_mode
-from fastcure._recorder import CudaRecorder
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import Bounds, check_batch, check_labels, check_pixels, check_positive
 from fastcure.attacks._arguments import Norm, check_bounds, check_counts, check_result, hard_labels, has_nan, rowwise
 from fastcure.attacks._margin import margin_loss

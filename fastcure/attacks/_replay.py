@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcure._cuda_graphs import Captures, CudaRecorder, Recorder, key_of, layout_of
 from fastcure._folding.layers import folded_layers, replayed
 from fastcure._functional import FunctionalLoss
-from fastcure._recorder import Captures, CudaRecorder, Recorder, key_of, layout_of
 from fastcure._trials import COMPARED_EVERY, Trials, differs, norm_of, obstacle
 
 Move = Callable[[FunctionalLoss, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack
 from fastcure._functional import FunctionalLoss, evaluation_mode, unwrap
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import Bounds, check_batch, check_labels, check_pixels, check_positive
 from fastcure.attacks._arguments import check_bounds, check_counts, check_numbers, has_nan, rowwise
 from fastcure.attacks._margin import margin_loss

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastcure._fields import shortened
-from fastcure.data import cifar10, digits, hub, idx, npz, svhn
+from fastcure.data import cifar10, digits, fashion_mnist, hub, npz, svhn
 from fastcure.data.dataset import Dataset
 from fastcure.data.loader import Augment, Loader, default_augmentation
 from fastcure.data.sample import hold_out, limited, sampled, stratified
@@ -26,7 +26,7 @@ __all__ = [
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "digits": digits.read,
-    "fashion-mnist": idx.read,
+    "fashion-mnist": fashion_mnist.read,
     "svhn": svhn.read,
     "cifar10": cifar10.read,
 }

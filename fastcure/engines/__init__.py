@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from fastcure.engines._loss_only import LossOnly
 from fastcure.engines.auto import Auto
 from fastcure.engines.base import Engine, Evaluation, LossAt, Request
 from fastcure.engines.compile import Compile
 from fastcure.engines.cuda_graph import CudaGraph
 from fastcure.engines.eager import Eager
 from fastcure.engines.first_order import FirstOrder
-from fastcure.engines.loss_only import LossOnly
 from fastcure.engines.reference import Reference
 
 ENGINES: dict[str, Engine] = {

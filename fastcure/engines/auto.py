@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastcure import _trials
+from fastcure._cuda_graphs import CudaRecorder, Recorder
 from fastcure._folding.layers import replayed
 from fastcure._functional import clones, copy_into
-from fastcure._recorder import CudaRecorder, Recorder
 from fastcure._trials import Trials, differs, obstacle
 from fastcure.engines.base import Evaluation, Request
 from fastcure.engines.cuda_graph import Captured, CudaGraph, eagerly, kind_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from fastcure._functional import FunctionalLoss, LossFn
-from fastcure._one_thread import Shared
+from fastcure._model_lock import Shared
 from fastcure._torch_compat import compiler_is_loaded
 from fastcure.rules.second_derivatives import INSTEAD, PLAIN_ATTENTION, missing_derivatives
 

@@ -18,10 +18,10 @@ from torch.func import functional_call
 from fastcure._functional import LossFn, find_logits
 from fastcure._torch_compat import compiled_graphs, compiling, graph_break_error
 from fastcure._weak import weakly
+from fastcure.engines._compile_check import check
+from fastcure.engines._compile_folding import Folding
 from fastcure.engines.base import Evaluation, GraphEngine, Request, evaluation, twice_differentiable
-from fastcure.engines.compile_check import check
 from fastcure.engines.eager import Eager, lengths, root
-from fastcure.engines.folding import Folding
 from fastcure.reference import unit_sign
 from fastcure.rules.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
 
@@ -152,7 +152,7 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> C
         raise RuntimeError(
             "engine='compile' needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
         )
-    from fastcure.engines.rewrite import Rewrite
+    from fastcure.engines._compile_rewrite import Rewrite
 
     def penalty(
         model: nn.Module,

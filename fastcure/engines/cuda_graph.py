@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastcure._cuda_graphs import Captures, CudaRecorder, Memory, Recorder, key_of, layout_of
 from fastcure._folding.layers import replayed
 from fastcure._functional import clones, copy_into
-from fastcure._recorder import Captures, CudaRecorder, Memory, Recorder, key_of, layout_of
 from fastcure._torch_compat import version
+from fastcure.engines._loss_only import LossOnly
 from fastcure.engines.base import Engine, Evaluation, GraphEngine, Request
 from fastcure.engines.eager import Eager
-from fastcure.engines.loss_only import LossOnly
 
 
 class CudaGraph(Engine):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastcure._diagnostics.kinks import warn_of_kinks
 from fastcure._functional import evaluation_mode, input_gradient
-from fastcure._one_thread import one_thread
+from fastcure._model_lock import one_thread
 from fastcure._torch_compat import version
 from fastcure.engines.base import Engine, Evaluation, Request
 from fastcure.engines.eager import root, second_point

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._functional import evaluation_mode, find_logits
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import check_classes, check_labels
 
 Attack = Callable[..., Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._environment import environment, pick_device
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
 from fastcure.data import limited, load, sampled
 from fastcure.evaluation.network import check_network

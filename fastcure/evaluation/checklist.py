@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._functional import cross_entropy, evaluation_mode, find_logits
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import check_batch, check_classes, check_labels, check_pixels, check_positive
 from fastcure.attacks import fgsm, pgd, spsa
 from fastcure.attacks._arguments import check_numbers

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastcure._environment import environment, pick_device
 from fastcure._extras import need
-from fastcure._inference import outside_inference_mode
+from fastcure._inference_mode import outside_inference_mode
 from fastcure.attacks import ATTACKS, deepfool
 from fastcure.data import Dataset, limited, load, sampled
 from fastcure.evaluation.accuracy import correct

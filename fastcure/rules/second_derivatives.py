@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastcure._functional import FunctionalLoss, ModelWithLoss, graph_nodes, unreachable
-from fastcure._one_thread import Shared
+from fastcure._model_lock import Shared
 from fastcure._torch_compat import BackwardHookFunction, function_of
 from fastcure.rules.plain_operators import PlainOperators
 

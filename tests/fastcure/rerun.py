@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastcure._recorder import Tensors, Work
+from fastcure._cuda_graphs import Tensors, Work
 
 
 class Rerun:

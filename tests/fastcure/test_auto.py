@@ -13,7 +13,7 @@ from rerun import Rerun
 from torch import nn
 
 from fastcure import CURE, curvature, prepare
-from fastcure._recorder import CudaRecorder
+from fastcure._cuda_graphs import CudaRecorder
 from fastcure._trials import EAGER_RUNS
 from fastcure.engines import ENGINES
 from fastcure.engines.auto import Auto

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcure import CURE, _trials
-from fastcure._recorder import CudaRecorder
+from fastcure._cuda_graphs import CudaRecorder
 from fastcure.engines import ENGINES
 from fastcure.engines.auto import Auto
 from fastcure.engines.cuda_graph import CudaGraph

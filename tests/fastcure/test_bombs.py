@@ -109,7 +109,7 @@ def npz_bomb(path: Path) -> str:
 
 
 def idx_bomb(path: Path) -> str:
-    from fastcure.data.idx import FILES
+    from fastcure.data.fashion_mnist import FILES
 
     with gzip.open(path / f"{FILES[0]}.gz", "wb", 1) as file:
         file.write(struct.pack(">4I", 0x0803, 175_000, 28, 28))

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from fastcure import curvature
 from fastcure._functional import cross_entropy, evaluation_mode
 from fastcure.engines import ENGINES, Evaluation, Request
+from fastcure.engines._compile_check import check
 from fastcure.engines.compile import Compile
-from fastcure.engines.compile_check import check
 from fastcure.engines.eager import Eager
 
 PRECISIONS = {"float32": (torch.float32, False), "float64": (torch.float64, False), "autocast": (torch.float32, True)}

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastcure import curvature, prepare
 from fastcure._folding.layers import UsedElsewhereError
 from fastcure.engines import ENGINES
+from fastcure.engines._compile_folding import Folding
 from fastcure.engines.compile import Compile
-from fastcure.engines.folding import Folding
 
 # Of torch's own making, in torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

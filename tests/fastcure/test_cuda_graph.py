@@ -12,7 +12,7 @@ from rerun import Rerun
 from torch import Tensor, nn
 
 from fastcure import CURE, curvature, prepare
-from fastcure._recorder import SHAPES, CudaRecorder
+from fastcure._cuda_graphs import SHAPES, CudaRecorder
 from fastcure.attacks import pgd
 from fastcure.attacks._replay import ReplayedSteps
 from fastcure.engines import ENGINES

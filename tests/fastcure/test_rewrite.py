@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 from fastcure import curvature
 from fastcure.engines import ENGINES
+from fastcure.engines._compile_rewrite import Rewrite
 from fastcure.engines.compile import Compile
-from fastcure.engines.rewrite import Rewrite
 from fastcure.models import resnet8
 from fastcure.profiling.flops import FlopCounter
 

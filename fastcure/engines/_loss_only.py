@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcure._functional import FunctionalLoss, evaluation_mode, input_gradient
-from fastcure._one_thread import one_thread
+from fastcure._model_lock import one_thread
 from fastcure.engines.base import Evaluation, Graph, GraphEngine, Request, evaluation, twice_differentiable
 from fastcure.engines.eager import second_point
 

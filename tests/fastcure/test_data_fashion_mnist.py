@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcure.data import idx, load
+from fastcure.data import fashion_mnist, load
 
 Contents = dict[str, bytes]
 
@@ -24,12 +24,12 @@ def labels(count: int) -> bytes:
 
 @pytest.fixture
 def contents() -> Contents:
-    return dict(zip(idx.FILES, [images(12, 0), labels(12), images(5, 1), labels(5)], strict=True))
+    return dict(zip(fashion_mnist.FILES, [images(12, 0), labels(12), images(5, 1), labels(5)], strict=True))
 
 
 @pytest.fixture(autouse=True)
 def no_system_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(idx, "SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", tmp_path / "system")
 
 
 def write(folder: Path, contents: Contents, *, zipped: bool = True) -> None:
@@ -57,7 +57,7 @@ def test_reads_the_whole_set(tmp_path: Path, contents: Contents, monkeypatch: py
     real = installed.is_dir()
     if not real:
         write(tmp_path / "system", contents)
-    monkeypatch.setattr(idx, "SYSTEM_FOLDER", installed if real else tmp_path / "system")
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", installed if real else tmp_path / "system")
     data = load("fashion-mnist", tmp_path)
     assert (len(data.x_train), len(data.x_test)) == ((60_000, 10_000) if real else (12, 5))
     if real:
