@@ -33,7 +33,7 @@ from fastcure.training.run_folder import load_weights
 from fastcure.training.settings import Settings, read_settings, refuse_code
 
 PAPER = [
-    ["paper, SVHN, ResNet-18: normal training", "96.3 %", "0.9 %"],
+    ["paper, SVHN, ResNet-18: standard training", "96.3 %", "0.9 %"],
     ["paper, SVHN, ResNet-18: CURE", "91.1 %", "28.4 %"],
     ["paper, SVHN: adversarial training (Buckman et al.)", "93 %", "33 %"],
 ]
