@@ -232,6 +232,21 @@ def test_a_loss_of_ones_own_is_attacked_and_trained() -> None:
     torch.testing.assert_close(found, loss_fn(model(adv), y).mean())
 
 
+def test_model_and_loss_are_attacked_in_evaluation_mode_and_trained_in_theirs() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes: list[tuple[bool, bool]] = []
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            self.modes.append((model.training, self.training))
+            return F.cross_entropy(logits, y, reduction="none")
+
+    (x, y), model, loss_fn = batch(), network(), Watched()
+    FGSM(model, EPS, loss_fn=loss_fn)(x, y)
+    assert loss_fn.modes == [(False, False), (True, True)]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
