@@ -21,7 +21,7 @@ from safetensors.torch import save
 from scipy.io import savemat
 from torch import nn
 
-from fastcure.data import cifar10, idx, load
+from fastcure.data import cifar10, fashion_mnist, load
 from fastcure.training.checkpoint import Progress, pack, unpack
 from fastcure.training.run_folder import load_weights
 
@@ -35,7 +35,8 @@ model = nn.Linear(5, 4)
 
 def idx_files() -> dict[str, bytes]:
     images = struct.pack(">4I", 0x0803, 12, 28, 28) + pixels[:, :28, :28, 0].tobytes()
-    return dict(zip(idx.FILES, [images, struct.pack(">2I", 0x0801, 12) + bytes(labels.tolist())] * 2, strict=True))
+    names = struct.pack(">2I", 0x0801, 12) + bytes(labels.tolist())
+    return dict(zip(fashion_mnist.FILES, [images, names] * 2, strict=True))
 
 
 def mat(compressed: bool) -> bytes:
@@ -93,8 +94,8 @@ def state(folder: Path, content: bytes) -> object:
 
 
 FORMATS: dict[str, tuple[bytes, Callable[[Path, bytes], object]]] = {
-    "idx": (idx_files()[idx.FILES[0]], dataset("fashion-mnist", idx_files())),
-    "idx.gz": (gzip.compress(idx_files()[idx.FILES[0]]), dataset("fashion-mnist", idx_files())),
+    "idx": (idx_files()[fashion_mnist.FILES[0]], dataset("fashion-mnist", idx_files())),
+    "idx.gz": (gzip.compress(idx_files()[fashion_mnist.FILES[0]]), dataset("fashion-mnist", idx_files())),
     "mat": (mat(False), dataset("svhn", {"train_32x32.mat": b"", "test_32x32.mat": mat(True)})),
     "mat, compressed": (mat(True), dataset("svhn", {"train_32x32.mat": b"", "test_32x32.mat": mat(True)})),
     "npz": (npz(), dataset("npz:{}/a.npz", {"a.npz": b""})),
