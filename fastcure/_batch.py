@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcure._attach import add_part, attach, scaled
 from fastcure._defaults import BATCH_STATS, BatchStats
 from fastcure._diagnostics.first_batch import first_batch, warn_of_small_step
 from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure._distributed import averaged_once, refuse_static_graph, refuse_wrappers_within
 from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
 from fastcure._model_lock import one_thread
-from fastcure._torch_compat import BatchNormBase, backward_retains_graph, foreach_add, not_inside_torch_compile
+from fastcure._torch_compat import BatchNormBase, not_inside_torch_compile
 from fastcure._validation import check_batch, check_positive, refuse_transforms
 from fastcure.engines import LOSS_ONLY, Engine, Evaluation, LossAt, Request, engine_called
 
@@ -153,7 +154,7 @@ def evaluate_batch(
             step = h if lengths is None else part.of(lengths)
             engine, found = evaluate(model, part.of(x), part.of(y), step, options, part, norms, direction, known)
             if weights is not None:
-                _add_part(gradients, engine, found, 0.0 if split else weights[0], weights[1])
+                add_part(gradients, engine, found, 0.0 if split else weights[0], weights[1])
                 found = found._replace(state=None)
             results.append((part, engine, found))
     results.sort(key=lambda result: result[0].samples.start)
@@ -166,7 +167,7 @@ def evaluate_batch(
     total = None
     if weights is not None:
         value = weights[1] * penalty.sum() if split else weights[0] * loss.sum() + weights[1] * penalty.sum()
-        total = _Scaled.apply(value, tuple(gradients.values()), *gradients)
+        total = scaled(value, gradients)
     if called is not None:
         logits, loss = called[0].detach(), called[1]
         if total is not None and weights is not None:
@@ -259,107 +260,6 @@ def check_training_norms(norms: list[tuple[str, nn.Module]]) -> None:
                 f"batch_stats='train' must have batch norms with a double backward, got the SyncBatchNorm {name}: keep "
                 "nn.BatchNorm, whose statistics are each process's own, or batch_stats='frozen'"
             )
-
-
-def attach(parts: list[tuple[Engine, Evaluation]]) -> list[tuple[Tensor, Tensor]]:
-    """Return loss and penalty `(B,)` of each part, differentiable in the parameters through its engine's backward."""
-    parameters = list(dict.fromkeys(parameter for _, found in parts for parameter in found.parameters))
-    values = _Attach.apply(parts, parameters, *parameters)
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
-class _Attach(torch.autograd.Function):
-    """Gives the engines' detached values the parameters as their history, and the engines as their derivative."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        parts: list[tuple[Engine, Evaluation]],
-        order: list[nn.Parameter],
-        *parameters: nn.Parameter,
-    ) -> tuple[Tensor, ...]:
-        # Without the values, which get this node as their history.
-        ctx.state = [(engine, found.state, found.parameters) for engine, found in parts]
-        ctx.order = order
-        ctx.set_materialize_grads(False)  # an output that nobody uses has weight None, and costs nothing
-        return tuple(value for _, found in parts for value in (found.loss, found.penalty))
-
-    @staticmethod
-    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Any, ...]:
-        parts, retain = _take_state(ctx)
-        gradients: dict[nn.Parameter, Tensor] = {}
-        for i in reversed(range(len(parts))):
-            engine, state, parameters = parts[i] if retain else parts.pop()
-            given = weights[2 * i], weights[2 * i + 1]
-            _add_gradients(gradients, engine, state, parameters, *given, retain=retain)
-        return None, None, *[gradients.get(parameter) for parameter in ctx.order]
-
-
-class _Scaled(torch.autograd.Function):
-    """A value whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: nn.Parameter) -> Tensor:
-        ctx.state = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        gradients, _ = _take_state(ctx)
-        return None, None, *[scale.to(gradient) * gradient for gradient in gradients]
-
-
-def _take_state(ctx: Any) -> tuple[Any, bool]:
-    """Return `ctx.state` and whether another backward may want it; else it is freed.
-
-    Raises:
-        RuntimeError: in a backward with create_graph=True, and if an earlier one has freed it.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("the curvature penalty has no second derivative: call backward without create_graph=True")
-    if ctx.state is None:
-        raise RuntimeError("the graph of this penalty was freed by an earlier backward: retain_graph=True keeps it")
-    state, retain = ctx.state, backward_retains_graph()
-    if not retain:  # freed node by node while the inner backward runs, not when the caller drops the outputs
-        ctx.state = None
-    return state, retain
-
-
-def _add_part(
-    gradients: dict[nn.Parameter, Tensor],
-    engine: Engine,
-    found: Evaluation,
-    w_loss: float,
-    w_penalty: float | Tensor,
-) -> None:
-    """Add a part's gradients of the weighted sums of loss and penalty; a weight of 0 costs nothing."""
-    weights = [
-        None if isinstance(weight, (int, float)) and weight == 0 else torch.ones_like(values) * weight
-        for values, weight in ((found.loss, w_loss), (found.penalty, w_penalty))
-    ]
-    _add_gradients(gradients, engine, found.state, found.parameters, *weights, retain=False)
-
-
-def _add_gradients(
-    gradients: dict[nn.Parameter, Tensor],
-    engine: Engine,
-    state: Any,
-    parameters: list[nn.Parameter],
-    w_loss: Tensor | None,
-    w_penalty: Tensor | None,
-    *,
-    retain: bool,
-) -> None:
-    """Add a part's gradients, to those that there are in one launch on a GPU."""
-    if not parameters or (w_loss is None and w_penalty is None):
-        return
-    new = engine.backward(state, w_loss, w_penalty, retain=retain)
-    pairs = [(p, gradient) for p, gradient in zip(parameters, new, strict=True) if gradient is not None]
-    both = [(gradients[p], gradient, p) for p, gradient in pairs if p in gradients]
-    gradients.update(pairs)
-    if both:  # not in place: a gradient may be another's too
-        old, more, whose = map(list, zip(*both, strict=True))
-        gradients.update(zip(whose, foreach_add(old, more), strict=True))
 
 
 def _joined(values: list[Tensor]) -> Tensor:
