@@ -227,13 +227,13 @@ def evaluate(
         differentiable=trainable and torch.is_grad_enabled(),
         with_loss=options.batch_stats != "split",
         penalised=part.penalised,
-        moving=tuple(norms) if part.updates_buffers else (),
+        tracking=tuple(norms) if part.updates_buffers else (),
         known={} if known is None else known,
     )
     warn_of_small_step(model, x, h)
     with torch.enable_grad(), first_batch(request):
         evaluation = engine.forward(request)
-    request.move_buffers()
+    request.update_buffers()
     return engine, evaluation
 
 

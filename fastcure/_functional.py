@@ -75,7 +75,7 @@ class FunctionalLoss:
         model: the network.
         loss_fn: `(logits, y) -> (B,)`.
         trainable: False to differentiate with respect to the inputs only.
-        moving: remember what the first pass makes of the buffers of these modules, for `move_buffers`.
+        tracking: remember what the first pass makes of the buffers of these modules, for `update_buffers`.
 
     Raises:
         ValueError: if a lazy module has not been initialised.
@@ -87,7 +87,7 @@ class FunctionalLoss:
         loss_fn: LossFn = cross_entropy,
         *,
         trainable: bool = True,
-        moving: Iterable[nn.Module] = (),
+        tracking: Iterable[nn.Module] = (),
     ) -> None:
         self.model = model
         self.module = ModelWithLoss(model, loss_fn)
@@ -101,9 +101,9 @@ class FunctionalLoss:
         for alias in self.state.values():
             if alias.requires_grad:
                 alias.register_post_accumulate_grad_hook(_lost)
-        of = {id(buffer) for module in moving for buffer in module.buffers(recurse=False)}
-        self._moving = {name: buffer for name, buffer in buffers.items() if id(buffer) in of}
-        self._moved: dict[str, Tensor] = {}
+        of = {id(buffer) for module in tracking for buffer in module.buffers(recurse=False)}
+        self._tracked = {name: buffer for name, buffer in buffers.items() if id(buffer) in of}
+        self._updated: dict[str, Tensor] = {}
         self.trainable = trainable and any(p.requires_grad for p in named.values())
         # A parameter that the model reaches around its own attributes (a closure) stays itself.
         self._owner = {id(p): p for p in named.values() if p.requires_grad}
@@ -112,9 +112,9 @@ class FunctionalLoss:
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(logits, loss (B,))` of one forward."""
         logits, loss = functional_call(self.module, self.state, (x, y))
-        if self._moving and not self._moved:
-            moved = clones(self.state[name] for name in self._moving)
-            self._moved = dict(zip(self._moving, moved, strict=True))
+        if self._tracked and not self._updated:
+            updated = clones(self.state[name] for name in self._tracked)
+            self._updated = dict(zip(self._tracked, updated, strict=True))
         return logits, loss
 
     def to(self, dtype: torch.dtype) -> FunctionalLoss:
@@ -130,9 +130,9 @@ class FunctionalLoss:
         other._owner = self._owner | {id(new): self._owner[id(old)] for new, old in pairs}
         return other
 
-    def move_buffers(self) -> None:
-        """Give the buffers of the modules `moving` the values that they had after the first pass."""
-        copy_into(self._moved.values(), [self._moving[name] for name in self._moved])
+    def update_buffers(self) -> None:
+        """Give the buffers of the modules `tracking` the values that they had after the first pass."""
+        copy_into(self._updated.values(), [self._tracked[name] for name in self._updated])
 
     def leaves(self, *losses: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, nn.Parameter]]:
         """Find the trainable leaves under `losses`, each with the parameter whose gradient it carries.

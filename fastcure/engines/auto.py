@@ -76,7 +76,7 @@ def difference(captured: Captured, request: Request) -> str:
         given = replace(request, direction=ours.step - request.x, h=1.0)
     with replayed():
         theirs = eagerly(given)
-    given.move_buffers()
+    given.update_buffers()
     pairs = {
         "logits": ([ours.logits], [theirs.logits]),
         "losses": ([ours.loss], [theirs.loss]),

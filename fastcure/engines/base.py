@@ -48,7 +48,7 @@ class Request:
     """Whether the loss may be sent backward."""
     penalised: bool = True
     """Whether these samples have a penalty: else it is 0, for engines that take such parts."""
-    moving: tuple[nn.Module, ...] = ()
+    tracking: tuple[nn.Module, ...] = ()
     """Batch norms in training mode that update their running statistics."""
     known: dict[str, Any] = field(default_factory=dict)
     """What an engine has found out of this batch, for its other parts."""
@@ -56,7 +56,7 @@ class Request:
     @cached_property
     def functional(self) -> FunctionalLoss:
         """Model and loss as one function, made when it is first asked for."""
-        return FunctionalLoss(self.model, self.loss_fn, moving=self.moving)
+        return FunctionalLoss(self.model, self.loss_fn, tracking=self.tracking)
 
     def of(self, functional: FunctionalLoss, **changes: Any) -> Request:
         """Return the request for another functional, or for the same one, which `replace` would make anew."""
@@ -64,10 +64,10 @@ class Request:
         vars(other)["functional"] = functional
         return other
 
-    def move_buffers(self) -> None:
-        """Give `moving` their new running statistics, if passes of `functional` have made any."""
+    def update_buffers(self) -> None:
+        """Give `tracking` their new running statistics, if passes of `functional` have made any."""
         if "functional" in vars(self):
-            self.functional.move_buffers()
+            self.functional.update_buffers()
 
 
 class Evaluation(NamedTuple):

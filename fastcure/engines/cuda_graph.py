@@ -96,7 +96,7 @@ def kind_of(request: Request) -> Hashable:
         request.known["key"] = key_of(request.model, request.loss_fn, request.x.device)
     return (
         *(request.power, request.loss_at, request.direction is None, request.with_loss, request.penalised),
-        *(tuple(map(id, request.moving)), layout_of(request.x, request.y), request.known["key"]),
+        *(tuple(map(id, request.tracking)), layout_of(request.x, request.y), request.known["key"]),
     )
 
 
@@ -125,7 +125,7 @@ class Captured:
         self._filled: float | None = None
         self._penalised = request.penalised
         self.direction = None if direction is None else direction.detach().clone()
-        self.statistics = [buffer for norm in request.moving for buffer in norm.buffers(recurse=False)]
+        self.statistics = [buffer for norm in request.tracking for buffer in norm.buffers(recurse=False)]
         static = replace(request, x=self.x, y=self.y, h=self.h, direction=self.direction)
         device, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
         inner: Evaluation
@@ -136,7 +136,7 @@ class Captured:
             with torch.autocast(device, torch.get_autocast_dtype(device), enabled=autocast, cache_enabled=False):
                 passes = replace(static)  # it copies the model's buffers, in each replay
                 inner = engine.forward(passes)
-            passes.move_buffers()
+            passes.update_buffers()
             return [inner.logits, inner.loss, inner.penalty, inner.step]
 
         def backward() -> tuple[Tensor | None, ...]:

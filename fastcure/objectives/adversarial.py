@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fastcure import _functional
 from fastcure._folding.layers import folded_layers
 from fastcure._functional import FunctionalLoss, LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
-from fastcure._validation import check_batch, check_pixels, check_positive
+from fastcure._validation import check_batch, check_pixels
 from fastcure.attacks._gradient import attack_gradient
 from fastcure.attacks._random_start import uniform_in_ball
 from fastcure.attacks._replay import REPLAYED
-from fastcure.objectives.base import Objective, ObjectiveOutput
+from fastcure.objectives.base import Objective, ObjectiveOutput, Positive
 
 
 class Attacked(Objective):
@@ -31,6 +31,8 @@ class Attacked(Objective):
             a GPU, where a look at values takes time, in the first batch alone).
     """
 
+    eps = Positive(zero=True)
+    """L-infinity radius of the attack, pixels in [0, 1]."""
     random_start: ClassVar[bool] = True
     """Whether the attack starts at a uniform point of the ball, in place of the image."""
     relative_step: ClassVar[float] = 2.5
@@ -44,16 +46,6 @@ class Attacked(Objective):
         super().__init__(model, loss_fn, batch_stats)
         self.eps = eps
         self._looked = False
-
-    @property
-    def eps(self) -> float:
-        """L-infinity radius of the attack, pixels in [0, 1]."""
-        return self._eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        check_positive("eps", value, zero=True)
-        self._eps = value
 
     def attacked(self, x: Tensor, y: Tensor, loss_fn: LossFn) -> Tensor:
         """Return images `(B, ...)` within eps of `x` and within [0, 1], where `loss_fn` is larger.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, overload
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from fastcure._diagnostics.modes import regularisation_left_out
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, unwrap
 from fastcure._torch_compat import FSDP_ATTRIBUTE
+from fastcure._validation import check_positive
 
 _wrappers: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 """The modules that have each objective as their `module`, as wrappers do."""
@@ -31,6 +32,34 @@ class ObjectiveOutput(NamedTuple):
     """0-dim, mean penalty of the batch, or of the part of it that has one; 0 for an objective without penalty."""
     logits: Tensor
     """(B, C), detached."""
+
+
+class Positive:
+    """A setting that is a number, or a 0-dim tensor, `> 0`; checked where it is set.
+
+    Args:
+        zero: whether it may be 0.
+        per_sample: whether it may be a tensor `(B,)`, a number for each sample of the batch.
+    """
+
+    def __init__(self, *, zero: bool = False, per_sample: bool = False) -> None:
+        self.zero, self.per_sample = zero, per_sample
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, objective: None, owner: type) -> Positive: ...
+    @overload
+    def __get__(self, objective: nn.Module, owner: type) -> Any: ...
+    def __get__(self, objective: nn.Module | None, owner: type) -> Any:
+        return self if objective is None else vars(objective)[self.name]
+
+    def __set__(self, objective: nn.Module, value: float | Tensor) -> None:
+        check_positive(self.name, value, zero=self.zero)
+        if isinstance(value, Tensor) and value.dim() and not self.per_sample:
+            raise ValueError(f"{self.name} must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
+        vars(objective)[self.name] = value
 
 
 class Objective(nn.Module):

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from fastcure._batch import Options, check_arguments, evaluate_batch, plan
 from fastcure._defaults import BATCH_STATS, GAMMA, BatchStats, H
 from fastcure._functional import LossFn, cross_entropy
-from fastcure._validation import check_fraction, check_positive
+from fastcure._validation import check_fraction
 from fastcure.engines import LossAt
-from fastcure.objectives.base import Objective, ObjectiveOutput
+from fastcure.objectives.base import Objective, ObjectiveOutput, Positive
 
 CUREOutput = ObjectiveOutput
 
@@ -58,6 +58,10 @@ class CURE(Objective):
     scheduled = ("gamma", "h")
     modes = ("frozen", "split", "train")
     batch_stats: BatchStats
+    h = Positive(per_sample=True)
+    """L2 length of the finite step in input units."""
+    gamma = Positive(zero=True)
+    """Weight of the penalty."""
 
     def __init__(
         self,
@@ -78,28 +82,6 @@ class CURE(Objective):
         self.microbatch = microbatch
         self.power, self.engine, self.loss_at = power, engine, loss_at
         self.h, self.gamma, self.fraction = h, gamma, fraction
-
-    @property
-    def h(self) -> float | Tensor:
-        """L2 length of the finite step in input units."""
-        return self._h
-
-    @h.setter
-    def h(self, value: float | Tensor) -> None:
-        check_positive("h", value)
-        self._h = value
-
-    @property
-    def gamma(self) -> float | Tensor:
-        """Weight of the penalty."""
-        return self._gamma
-
-    @gamma.setter
-    def gamma(self, value: float | Tensor) -> None:
-        check_positive("gamma", value, zero=True)
-        if isinstance(value, Tensor) and value.dim():
-            raise ValueError(f"gamma must be a number or a 0-dim tensor, got shape {tuple(value.shape)}")
-        self._gamma = value
 
     @property
     def fraction(self) -> float:

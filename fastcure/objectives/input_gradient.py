@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, input_gradient, unwrap
-from fastcure._validation import check_images, check_positive
-from fastcure.objectives.base import Objective, ObjectiveOutput
+from fastcure._validation import check_images
+from fastcure.engines.base import twice_differentiable
+from fastcure.objectives.base import Objective, ObjectiveOutput, Positive
 from fastcure.rules import double_backward
+from fastcure.rules.second_derivatives import Twice
 
 
 class InputGradient(Objective):
@@ -24,6 +26,7 @@ class InputGradient(Objective):
 
     Raises:
         ValueError: if `gamma` is out of range, here and when it is set.
+        RuntimeError: from `forward`, at an operator that has no second derivative.
 
     Examples:
         >>> import torch, fastcure
@@ -35,22 +38,14 @@ class InputGradient(Objective):
     title = "input gradients"
     settings = ("gamma", "loss_fn", "batch_stats")
     scheduled = ("gamma",)
+    gamma = Positive(zero=True)
+    """Weight of the penalty."""
 
     def __init__(
         self, model: nn.Module, gamma: float = 1.0, *, loss_fn: LossFn = cross_entropy, batch_stats: str = "train"
     ) -> None:
         super().__init__(model, loss_fn, batch_stats)
         self.gamma = gamma
-
-    @property
-    def gamma(self) -> float:
-        """Weight of the penalty."""
-        return self._gamma
-
-    @gamma.setter
-    def gamma(self, value: float) -> None:
-        check_positive("gamma", value, zero=True)
-        self._gamma = value
 
     @property
     def cost(self) -> float:
@@ -61,8 +56,8 @@ class InputGradient(Objective):
         """Evaluate loss, penalty and logits at x; see `Objective.forward`."""
         check_images(x)
         point = x.detach().requires_grad_()
-        with self.passes(), double_backward():
-            logits, losses = ModelWithLoss(unwrap(self.model), self.loss_fn)(point, y)
+        with self.passes(), double_backward(), twice_differentiable():
+            logits, losses = Twice(ModelWithLoss(unwrap(self.model), self.loss_fn))(point, y)
             g = input_gradient(losses, point, create_graph=True)
         loss, penalty = losses.mean(), g.square().flatten(1).sum(1).mean()
         return ObjectiveOutput(loss + self.gamma * penalty, loss, penalty, logits.detach())

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, find_logits
-from fastcure._validation import check_positive
 from fastcure.objectives.adversarial import Attacked, check_steps
-from fastcure.objectives.base import ObjectiveOutput
+from fastcure.objectives.base import ObjectiveOutput, Positive
 
 
 class TRADES(Attacked):
@@ -35,6 +34,8 @@ class TRADES(Attacked):
     title = "TRADES"
     settings = ("eps", "gamma", "steps", "loss_fn", "batch_stats")
     scheduled = ("eps", "gamma")
+    gamma = Positive(zero=True)
+    """Weight of the divergence."""
 
     def __init__(
         self,
@@ -49,16 +50,6 @@ class TRADES(Attacked):
         super().__init__(model, eps, loss_fn=loss_fn, batch_stats=batch_stats)
         self.gamma = gamma
         self.steps = check_steps(steps)
-
-    @property
-    def gamma(self) -> float:
-        """Weight of the divergence."""
-        return self._gamma
-
-    @gamma.setter
-    def gamma(self, value: float) -> None:
-        check_positive("gamma", value, zero=True)
-        self._gamma = value
 
     @property
     def cost(self) -> float:

@@ -24,7 +24,7 @@ from fastcure._model_lock import Shared
 from fastcure._torch_compat import BackwardHookFunction, function_of
 from fastcure.rules.plain_operators import PlainOperators
 
-INSTEAD = "use engine='first_order', or method='finite' in fastcure.analysis"
+INSTEAD = "use CURE's engine='first_order', or method='finite' in fastcure.analysis"
 NEEDS_PLAIN = re.compile(r"(Hardsigmoid|Hardswish)Backward\d|\w*(Batch|Layer)Norm\w*BackwardBackward\d")
 MISSING = re.compile(
     r"derivative for '?(?:aten::)?(?P<name>\w+?)(_backward)?'? is not implemented"
@@ -41,14 +41,14 @@ _tried: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class Twice:
-    """`(x, y) -> (logits, loss)` of an functional, for exact second derivatives.
+    """`(x, y) -> (logits, loss)` of a model and its loss, for exact second derivatives.
 
     Args:
-        functional: the model and its loss.
+        run: the model and its loss, live or as a function free of side effects.
     """
 
-    def __init__(self, functional: FunctionalLoss) -> None:
-        self.functional = functional
+    def __init__(self, run: FunctionalLoss | ModelWithLoss) -> None:
+        self.run, self.module = run, run.module if isinstance(run, FunctionalLoss) else run
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model on `x` `(B, ...)`.
@@ -57,12 +57,12 @@ class Twice:
             RuntimeError: if the loss does not depend on `x`, where that requires grad; at scripted code; at an operator
                 that has no second derivative.
         """
-        model = self.functional.model
+        model = self.module.model
         if model not in _tried:
-            _refuse_scripted(self.functional.module)
+            _refuse_scripted(self.module)
         plain = model in _plain
         with PlainOperators() if plain else nullcontext():
-            logits, loss = self.functional(x, y)
+            logits, loss = self.run(x, y)
         _tried.setdefault(model, set())
         nodes = graph_nodes(loss)
         if x.requires_grad and not any(getattr(node, "variable", None) is x for node in nodes):
@@ -85,7 +85,7 @@ class Twice:
         """Differentiate once, the first time, and see that the gradients of `nodes` have a history."""
         if any("DifferentiableGraph" in node.name() for node in nodes):
             raise _scripted("it calls a scripted function")
-        tried = _tried[self.functional.model]
+        tried = _tried[self.module.model]
         nodes = [node for node in nodes if node.name() not in tried]
         if not (nodes and x.requires_grad):
             return

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Cube, Detached, OnceOnly
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -245,6 +246,30 @@ def test_model_and_loss_are_attacked_in_evaluation_mode_and_trained_in_theirs() 
     (x, y), model, loss_fn = batch(), network(), Watched()
     FGSM(model, EPS, loss_fn=loss_fn)(x, y)
     assert loss_fn.modes == [(False, False), (True, True)]
+
+
+class Applied(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)
+
+
+def test_an_operator_without_a_second_derivative_has_no_silent_input_gradient() -> None:
+    """Its share of the gradient would be zero: torch says nothing of it."""
+
+    def step(function: type[torch.autograd.Function], *more: nn.Module) -> None:
+        model = nn.Sequential(network(), Applied(function), *more).train()
+        InputGradient(model)(*batch()).total.backward()
+
+    step(Cube)
+    for function in (OnceOnly, Detached):
+        with pytest.raises(RuntimeError, match=f"{function.__name__}Backward has no second derivative"):
+            step(function)
+    with pytest.raises(RuntimeError, match="scripted"):
+        step(Cube, torch.jit.script(nn.Tanh()))
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_an_operator_without_a_second_derivative_is_one_error() -> None:
         return torch.segment_reduce(t, "sum", lengths=torch.ones(len(t), dtype=torch.int64))
 
     model = network(nn.Conv2d(1, 2, 3), nn.Flatten(), Lambda(segments))
-    check_refused(model, "no second derivative of _segment_reduce: replace it, or use engine='first_order'")
+    check_refused(model, "no second derivative of _segment_reduce: replace it, or use CURE's engine='first_order'")
 
 
 def test_an_operator_with_a_backward_in_code_of_its_own_is_one_error() -> None:
@@ -365,7 +365,7 @@ def test_scripted_models_are_one_error_and_right_in_first_order(make: str, part:
     else:
         made = copy.deepcopy(model)
         made[1] = scripted(made[1], made[0](x).detach())
-    check_refused(made, r"scripted or traced \(.*before torch.jit.script.*use engine='first_order'")
+    check_refused(made, r"scripted or traced \(.*before torch.jit.script.*use CURE's engine='first_order'")
     for _ in range(3):  # scripted code is optimised as it goes
         for value, right in zip(ours(made, x, y, z, engine="first_order"), truth, strict=True):
             assert relative(value, right) < 1e-6
