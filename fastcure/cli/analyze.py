@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: dict[str, Any]) -> None:
     """Run the command."""
     need("tqdm", purpose="by analyze")
-    from fastcure.evaluation.analyze import analyze
+    from fastcure.evaluation.curvature import analyze
     from fastcure.evaluation.settings import make_analysis_settings
 
     analyze(make_analysis_settings(arguments))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastcure.models import MODELS, Normalize, build
-from fastcure.training.run_folder import load_weights
+from fastcure.models.weights import load_weights
 
 FUNCTION = "package.module:function"
 """The form of the name of a network that is not bundled."""

@@ -24,12 +24,12 @@ from fastcure.data import limited, load, sampled
 from fastcure.evaluation.checklist import verdict
 from fastcure.models import build
 from fastcure.models.placement import placed
+from fastcure.models.weights import load_weights
 from fastcure.objectives import OBJECTIVES
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
 from fastcure.training.objective import step_lengths
-from fastcure.training.run_folder import load_weights
 from fastcure.training.settings import Settings, read_settings, refuse_code
 
 PAPER = [

@@ -16,12 +16,13 @@ from fastcure.evaluation.network import check_network
 from fastcure.models import MODELS, build
 from fastcure.models.loading import load_model
 from fastcure.models.placement import placed
+from fastcure.models.weights import load_weights
 from fastcure.objectives import CURE, OBJECTIVES, Objective
 from fastcure.training.curves import draw_curves
 from fastcure.training.interrupt import Interruption
 from fastcure.training.ranks import Ranks, join, own_device
 from fastcure.training.run import Metrics, Run
-from fastcure.training.run_folder import RunFolder, load_weights, reserved
+from fastcure.training.run_folder import RunFolder, reserved
 from fastcure.training.settings import Settings
 
 

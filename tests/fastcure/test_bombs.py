@@ -16,9 +16,9 @@ from torch import nn
 
 from fastcure.data import load
 from fastcure.data.files import expansion_limit
+from fastcure.models.weights import load_weights
 from fastcure.training.checkpoint import Progress, pack, unpack
 from fastcure.training.run import Run
-from fastcure.training.run_folder import load_weights
 
 
 def network() -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastcure.training.run_folder import load_weights
+from fastcure.models.weights import load_weights
 
 State = dict[str, Any]
 

@@ -22,8 +22,8 @@ from scipy.io import savemat
 from torch import nn
 
 from fastcure.data import cifar10, fashion_mnist, load
+from fastcure.models.weights import load_weights
 from fastcure.training.checkpoint import Progress, pack, unpack
-from fastcure.training.run_folder import load_weights
 
 PEAK = 32 << 20
 """Bytes; the files have at most some 60 thousand."""

@@ -1,4 +1,4 @@
-"""A file of weights, read without executing anything and within bounds of memory."""
+"""Weights from a file into a network: read without executing anything and within bounds of memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,49 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastcure._extras import extra
+from fastcure.models.state_dict import find_state_dict, fit_names, misfit
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], log: Callable[[str], object] | None = None) -> None:
+    """Load a state dict from `.safetensors`, or from a `.pt` or `.pth` file that holds tensors and nothing else.
+
+    It may be nested in what a training script saved, and its names may have prefixes (`module.`, `_orig_mod.`, ...).
+
+    Args:
+        model: takes the weights.
+        path: of the file.
+        log: takes one line that says what was done to find the state dict and fit its names, if anything was.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, or does not fit the model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist: give a .safetensors, .pt or .pth file")
+    content = read_weights(path)
+    try:
+        state, done = find_state_dict(content)
+        state, fitted = fit_names(state, model)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} does not fit the model: {error}") from error
+    done += fitted
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = misfit(state, model) or " ".join(str(error).split())[:300]
+        after = f" (after what fastcure did: {'; '.join(done)})" if done else ""
+        raise ValueError(f"checkpoint {path} does not fit the model: {reason}{after}") from error
+    if done and log is not None:
+        log(f"checkpoint {path}: {'; '.join(done)}")
 
 
 def read_weights(path: Path) -> Any:
