@@ -1,5 +1,6 @@
 """Settings that must stand before torch and triton are imported, and the one reason to skip: no GPU."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -21,6 +22,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "seconds that a test may take, with pytest-timeout")
     if pytest.version_tuple < (9,):
         parser.addini("faulthandler_exit_on_timeout", "whether to end there, with pytest 9")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all modules stay to the end: a full collection need not look at them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter end as it would: bindings of C++ complain of what is never freed."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

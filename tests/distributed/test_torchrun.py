@@ -65,7 +65,7 @@ from fastcure.training.run_folder import RunFolder
 finish, main = RunFolder.finish, fastcure.cli.main
 
 def slow(folder):
-    time.sleep(3)
+    time.sleep(1.5)
     finish(folder)
 
 def watched():
@@ -88,12 +88,10 @@ def test_no_process_ends_before_the_results_are_written_and_read(tmp_path: Path)
     assert done.stdout.count("results in") == done.stdout.count("on 2 x cpu") == 1
     for rank in (0, 1):
         assert (tmp_path / f"seen-{rank}").read_text().split() == sorted(FILES)
-    fastcure = [*TORCHRUN, "-m", "--", "fastcure"]
-    for command, key in ((["evaluate", "--eps", "0.1"], "clean"), (["analyze", "--probes", "2"], "networks")):
-        results = tmp_path / f"{command[0]}.json"
-        done = start([*fastcure, *command, "--run", str(out), "--device", "cpu", "--out", str(results)])
-        assert done.returncode == 0, done.stderr
-        assert key in json.loads(results.read_text())
+    command = [*TORCHRUN, "-m", "--", "fastcure", "evaluate", "--eps", "0.1"]
+    done = start([*command, "--run", str(out), "--device", "cpu", "--out", str(tmp_path / "results.json")])
+    assert done.returncode == 0, done.stderr
+    assert "clean" in json.loads((tmp_path / "results.json").read_text())
 
 
 FAILS = """

@@ -86,12 +86,12 @@ def test_h_and_weights_change_without_recompilation(counter: CompileCounterWithB
     assert counter.frame_count == 1
 
 
-def test_a_dozen_models_each_keep_their_own(counter: CompileCounterWithBackend) -> None:
-    cases = [make(NETWORKS["mlp-softplus"], 4, seed) for seed in range(12)]
+def test_nine_models_each_keep_their_own(counter: CompileCounterWithBackend) -> None:
+    cases = [make(NETWORKS["mlp-softplus"], 4, seed) for seed in range(9)]
     for case in cases + cases:  # torch keeps 8 compilations of one piece of code, and then silently falls back
         ours, truth = (gradients(case, engine) for engine in ("compile", "reference"))
         assert relative(ours, truth) < 1e-9
-    assert counter.frame_count == 12
+    assert counter.frame_count == 9
 
 
 def test_another_shape_is_another_compilation_and_right(counter: CompileCounterWithBackend) -> None:

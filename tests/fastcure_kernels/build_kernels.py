@@ -82,7 +82,7 @@ def tool(name, *arguments):
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def facts(built, accesses):
+def facts(built):
     if "cubin" not in built.asm:
         asm = built.asm["amdgcn"]
         found = {
@@ -98,15 +98,12 @@ def facts(built, accesses):
         file.write(built.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", "-c", file.name) if accesses else ""
     found = {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
     }
-    if accesses:
-        found["spilled"] += len(re.findall(r"\b(?:LDL|STL)\b", sass))
-        found["wide_loads"] = len(re.findall(r"LDG\.E[.\w]*\.128", sass))
-        found["wide_stores"] = len(re.findall(r"STG\.E[.\w]*\.128", sass))
+    for kind, name in (("ld", "wide_loads"), ("st", "wide_stores")):
+        found[name] = len(re.findall(rf"\b{kind}\.global[.\w:]*\.v(?:4\.[bfu]32|2\.[bfu]64)", built.asm["ptx"]))
     return found
 
 
@@ -117,7 +114,7 @@ def main():
                 if dtype not in options.get("only", dtype):
                     continue
                 built = build(name, dtype, TARGETS[target], options)
-                found = facts(built, target == "sm_90")  # reading the accesses takes longer than the build
+                found = facts(built)
                 print(json.dumps({"kernel": name, "dtype": dtype, "target": target, **found}), flush=True)
 
 
