@@ -5,6 +5,7 @@ A step whose gradients are wrong is not timed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -21,14 +22,17 @@ from fastcure import curvature
 from fastcure.profiling.flops import FlopCounter
 
 ROWS: list[dict[str, object]] = []
-ENGINES = ["eager", "compile", *(["cuda_graph"] if DEVICE.type == "cuda" else [])]
+COMPILED = "eager compile cuda_graph" if DEVICE.type == "cuda" else "eager compile"
+ENGINES = os.environ.get("BENCH_ENGINES", COMPILED).split()
+"""Of the frozen step. Those of large networks take minutes to compile."""
 
 
 def contenders(workload: Workload) -> dict[str, Step]:
     """The steps to compare on this workload; where nothing is piecewise linear, the first-order engine as well."""
     engines = [*ENGINES, *(["first_order"] if workload.model == "vit" else [])]
     ours = {f"cure, {engine} (ours)": cure(engine) for engine in engines}
-    return {**STEPS, "standard, compiled": compiled_standard(), **ours}
+    compiled = {"standard, compiled": compiled_standard()} if "compile" in ENGINES else {}
+    return {**STEPS, **compiled, **ours}
 
 
 def check(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> None:

@@ -93,10 +93,10 @@ def adversarial(kind: type[Objective], **options: Any) -> Step:
 
 STEPS: dict[str, Step] = {
     "standard": standard,
-    "cure, split (ours)": cure("eager", "split"),
-    "cure, train (ours)": cure("eager", "train"),
-    "cure, 1/4 (ours)": cure("eager", fraction=0.25),
-    "cure, 1/4, at FGSM (ours)": cure("eager", fraction=0.25, loss_at="step"),
+    "cure, split (ours)": cure("auto", "split"),
+    "cure, train (ours)": cure("auto", "train"),
+    "cure, 1/4 (ours)": cure("auto", fraction=0.25),
+    "cure, 1/4, at FGSM (ours)": cure("auto", fraction=0.25, loss_at="step"),
     "cure, reference": cure("reference"),
     "cure, published schedule": published,
     "fgsm-rs": adversarial(FGSMRS),
