@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from workloads import DEVICE, rounds_for
 
 Work = Callable[[], object]
+T = TypeVar("T", bound=Hashable)
 
 
 def seconds(work: Work) -> float:
@@ -24,13 +26,13 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - began
 
 
-def medians(benchmark: pytest.FixtureRequest, contenders: Mapping[str, Work], budget: float = 30.0) -> dict[str, float]:
+def medians(benchmark: pytest.FixtureRequest, contenders: Mapping[T, Work], budget: float = 30.0) -> dict[T, float]:
     """Median seconds of each contender, after a warm-up, in as many rounds as fit into `budget` seconds."""
     for work in contenders.values():
         for _ in range(4 if DEVICE.type == "cuda" else 1):  # work that repeats is captured there
             work()
     rounds = rounds_for(sum(seconds(work) for work in contenders.values()), budget)
-    times: dict[str, list[float]] = {title: [] for title in contenders}
+    times: dict[T, list[float]] = {title: [] for title in contenders}
 
     def one_round() -> None:
         for title, work in contenders.items():
