@@ -23,7 +23,7 @@ from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluatio
 from fastcure._model_lock import one_thread
 from fastcure._torch_compat import BatchNormBase, not_inside_torch_compile
 from fastcure._validation import check_batch, check_positive, refuse_transforms
-from fastcure.engines import LOSS_ONLY, Engine, Evaluation, LossAt, Request, engine_called
+from fastcure.engines import Engine, Evaluation, LossAt, LossOnly, Request, engine_called
 
 NORMS = (BatchNormBase,)
 
@@ -216,7 +216,7 @@ def evaluate(
     """
     engine = engine_called(options.engine, x.device, training_norms=bool(norms))
     if not (part.penalised or engine.any_part):
-        engine = LOSS_ONLY
+        engine = LossOnly(folded=engine.exact)
     roots = (root for root in (model, options.loss_fn) if isinstance(root, nn.Module))
     trainable = any(parameter.requires_grad for root in roots for parameter in root.parameters())
     request = Request(

@@ -21,8 +21,6 @@ ENGINES: dict[str, Engine] = {
     "first_order": FirstOrder(),
     "reference": Reference(),
 }
-LOSS_ONLY = LossOnly()
-"""Of samples without a penalty, whatever the engine is."""
 
 
 def engine_called(name: str, device: torch.device | None = None, *, training_norms: bool = False) -> Engine:
@@ -47,4 +45,4 @@ def engine_called(name: str, device: torch.device | None = None, *, training_nor
     return engine
 
 
-__all__ = ["ENGINES", "LOSS_ONLY", "Engine", "Evaluation", "LossAt", "Request", "engine_called"]
+__all__ = ["ENGINES", "Engine", "Evaluation", "LossAt", "LossOnly", "Request", "engine_called"]

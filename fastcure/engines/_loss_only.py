@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcure._folding.layers import folded_layers
 from fastcure._functional import FunctionalLoss, evaluation_mode, input_gradient
 from fastcure._model_lock import one_thread
-from fastcure.engines.base import Evaluation, Graph, GraphEngine, Request, evaluation, twice_differentiable
+from fastcure.engines.base import Evaluation, Graph, GraphEngine, Request, evaluation
 from fastcure.engines.eager import second_point
 
 
@@ -21,9 +23,17 @@ class State(NamedTuple):
 
 
 class LossOnly(GraphEngine):
-    """3 F where the loss is at x, 5 F at x + h z. Not one of `ENGINES`: its penalty is 0."""
+    """3 F where the loss is at x, 5 F at x + h z. Not one of `ENGINES`: its penalty is 0.
+
+    Args:
+        folded: whether to take the layers that `fastcure.prepare` found. Activation checkpointing, which the exact
+            engines refuse, would recompute them without.
+    """
 
     training_norms = True
+
+    def __init__(self, folded: bool = True) -> None:
+        self.folded = folded
 
     def forward(self, request: Request) -> Evaluation:
         """One pass, or two with an input gradient between them. `power` is without effect."""
@@ -31,7 +41,8 @@ class LossOnly(GraphEngine):
         differentiable, at_step = request.differentiable, request.loss_at == "step"
         # A model that differentiates itself needs an input that requires grad; it costs nothing where nobody asks.
         point, step = x.detach().requires_grad_(differentiable or at_step), None
-        with twice_differentiable(), torch.set_grad_enabled(differentiable or at_step):
+        layers = folded_layers(functional.model) if self.folded else nullcontext()
+        with layers, torch.set_grad_enabled(differentiable or at_step):
             logits, loss = functional(point, y)
             if at_step:
                 g = input_gradient(loss, point)

@@ -1,16 +1,18 @@
 """The penalty on a share of each batch, the loss on all of it."""
 
+import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative
+from networks import NETWORKS, Case, make, relative, rounding
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastcure import CURE, CUREOutput, curvature
+from fastcure import CURE, CUREOutput, curvature, prepare
 from fastcure.engines import ENGINES
 from fastcure.engines.compile import Compile
 
@@ -249,3 +251,34 @@ def test_bad_lengths_are_named_as_of_the_whole_batch() -> None:
     for microbatch, lengths in itertools.product((None, 1), (torch.ones(3), torch.ones(1))):
         with pytest.raises(ValueError, match=r"h must be a number or have shape \(4,\)"):
             CURE(case.model, h=lengths, fraction=0.5, microbatch=microbatch)(case.x, case.y)
+
+
+class Called(TorchDispatchMode):
+    """The operators that run within, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_samples_without_a_penalty_take_folded_layers_and_fast_attention() -> None:
+    """Nothing is differentiated twice there."""
+    folded = make(NETWORKS["batch_norm-relu-max"], 4, seed=0)
+    apart = copy.deepcopy(folded.model)
+    prepare(folded.model, folded.x)
+    gradients = []
+    for model in (folded.model, apart):
+        with Called() as called:
+            CURE(model, fraction=0.25)(folded.x, folded.y).total.backward()
+        assert any("batch_norm" in name for name in called.names) == (model is apart)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert relative(*gradients) < rounding(torch.float64, 1000)
+    attention = make(NETWORKS["attention"], 4, seed=0, dtype=torch.float32)
+    for fraction in (0.25, 1.0):
+        with Called() as called:
+            CURE(attention.model, fraction=fraction)(attention.x, attention.y).total.backward()
+        assert ("_scaled_dot_product_flash_attention_for_cpu" in called.names) == (fraction < 1)
