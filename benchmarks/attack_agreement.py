@@ -28,7 +28,7 @@ from tqdm import tqdm
 from fastcure.attacks import fgsm, pgd
 from fastcure.data import load, stratified
 from fastcure.evaluation.accuracy import accuracy
-from fastcure.evaluation.settings import make_evaluation_settings
+from fastcure.evaluation.settings import EvaluationSettings
 from fastcure.models.loading import load_model
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    settings = make_evaluation_settings({"run": str(arguments.run)})
+    settings = EvaluationSettings.of({"run": str(arguments.run)})
     data = load(settings.dataset, settings.data_dir)
     chosen = stratified(data.y_test, arguments.images, arguments.seed)
     x, y = data.x_test[chosen].to(arguments.device), data.y_test[chosen].to(arguments.device)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
 
 from fastcure._fields import choices_of, field_annotations, plain_type, shortened
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """Add a flag for each field, of its type; the help names its choices and its default.
+def add_flags(parser: argparse.ArgumentParser, settings: type[Any], without: Collection[str] = ()) -> None:
+    """Add a flag for each field but those `without`, of its type; the help names its choices and its default.
 
     What is not set is left out, so that defaults are the dataclass's, and so are checks: an error is one line.
     """
     hints = field_annotations(settings)
     for field in fields(settings):
+        if field.name in without:
+            continue
         name, default, hint = field.name, field.default, hints[field.name]
         flag, words, kind = "--" + name.replace("_", "-"), field.metadata["help"], plain_type(hint)
         if kind is bool:

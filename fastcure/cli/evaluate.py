@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from fastcure._extras import need
 from fastcure.cli._flags import add_flags
+from fastcure.cli._measurement import SUBJECT, imported, measure_with
 
 HELP = "measure a network's accuracy, clean and under attack"
-DESCRIPTION = (
-    "Measure a network's accuracy, clean and under attack: one of a finetune run (--run), or any other (--model, "
-    "--checkpoint, --dataset)."
-)
+DESCRIPTION = f"Measure accuracy, clean and under attack, {SUBJECT}."
 EPILOG = ""
+SETTINGS = "fastcure.evaluation.settings:EvaluationSettings"
+
+run = measure_with(SETTINGS, "fastcure.evaluation.evaluate:evaluate", "tqdm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    from fastcure.evaluation.settings import EvaluationSettings
-
-    add_flags(parser, EvaluationSettings)
-
-
-def run(arguments: dict[str, Any]) -> None:
-    """Run the command."""
-    need("tqdm", purpose="by evaluate")
-    from fastcure.evaluation.evaluate import evaluate
-    from fastcure.evaluation.settings import make_evaluation_settings
-
-    evaluate(make_evaluation_settings(arguments))
+    add_flags(parser, imported(SETTINGS))

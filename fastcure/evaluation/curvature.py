@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from fastcure._environment import environment, pick_device
 from fastcure._inference_mode import outside_inference_mode
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
-from fastcure.data import limited, load, sampled
-from fastcure.evaluation.network import check_network
+from fastcure.data import limited, sampled
+from fastcure.evaluation.network import load_images, load_network
 from fastcure.evaluation.settings import AnalysisSettings, write_results
-from fastcure.models.loading import load_model
-from fastcure.models.placement import placed
 from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, join, own_device
 
@@ -46,11 +44,9 @@ def analyze(settings: AnalysisSettings, say: Callable[[str], object] = print) ->
 
 def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
     assert settings.model is not None
-    assert settings.dataset is not None
-    whole = load(settings.dataset, settings.data_dir)
+    whole = load_images(settings)
     data = limited(whole, settings.limit, settings.seed)
     x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
-    make = partial(load_model, settings.model, num_classes=data.num_classes, in_channels=x.shape[1], log=say)
     weights: dict[str, str | None] = {"after fine-tuning" if settings.run else settings.model: settings.checkpoint}
     if settings.surrogate is not None:
         weights = {"before fine-tuning" if settings.run else "surrogate": settings.surrogate, **weights}
@@ -64,8 +60,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     }
     networks = {}
     for name, checkpoint in weights.items():
-        model = placed(make(checkpoint, settings.mean, settings.std), settings.model, x.shape[1:], ranks.device)
-        check_network(model, settings.model, data, ranks.device)
+        model = load_network(settings, data, checkpoint, ranks.device, say)
         work = partial(_curvatures, model, settings)
         rows = ranks.map(work, x, y, settings.seed, settings.batch_size)
         mean, error = rows.mean(0).tolist(), (rows.std(0) / len(rows) ** 0.5).tolist()

@@ -15,13 +15,11 @@ from fastcure._environment import environment, pick_device
 from fastcure._extras import need
 from fastcure._inference_mode import outside_inference_mode
 from fastcure.attacks import ATTACKS, deepfool
-from fastcure.data import Dataset, limited, load, sampled
+from fastcure.data import Dataset, limited, sampled
 from fastcure.evaluation.accuracy import correct
 from fastcure.evaluation.checklist import Check, masking_checklist, verdict
-from fastcure.evaluation.network import check_network
+from fastcure.evaluation.network import load_images, load_network
 from fastcure.evaluation.settings import EvaluationSettings, write_results
-from fastcure.models.loading import load_model
-from fastcure.models.placement import placed
 from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, Work, join, own_device
 
@@ -55,19 +53,14 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
 
 
 def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
-    assert settings.model is not None
-    assert settings.dataset is not None
     if "autoattack" in settings.attacks:
         need("pyautoattack", purpose="by --attacks autoattack")
-    whole = load(settings.dataset, settings.data_dir)
+    whole = load_images(settings)
     data = limited(whole, settings.limit, settings.seed)
-    shape = data.x_test.shape[1:]
-    make = partial(load_model, settings.model, num_classes=data.num_classes, in_channels=data.x_test.shape[1], log=say)
-    model = placed(make(settings.checkpoint, settings.mean, settings.std), settings.model, shape, ranks.device)
+    model = load_network(settings, data, settings.checkpoint, ranks.device, say)
     surrogate = None
     if settings.checklist and settings.surrogate is not None:
-        surrogate = placed(make(settings.surrogate, settings.mean, settings.std), settings.model, shape, ranks.device)
-    check_network(model, settings.model, data, ranks.device)
+        surrogate = load_network(settings, data, settings.surrogate, ranks.device, say)
     say(
         f"{data.name}: {sampled(data, whole)} of {' x '.join(map(str, data.x_test.shape[1:]))}, "
         f"{settings.model} from {settings.checkpoint or 'its function'} on {ranks}, seed {settings.seed}"

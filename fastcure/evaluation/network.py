@@ -1,12 +1,44 @@
-"""The network that is measured, tried before the measurement."""
+"""The network and the images that a measurement is of, by the settings that name them; tried before it begins."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from fastcure._functional import evaluation_mode, find_logits
-from fastcure.data import Dataset
+from fastcure.data import Dataset, load
+from fastcure.evaluation.settings import Measurement
+from fastcure.models.loading import load_model
+from fastcure.models.placement import placed
+
+
+def load_images(settings: Measurement) -> Dataset:
+    """Load the dataset that `settings` name."""
+    assert settings.dataset is not None
+    return load(settings.dataset, settings.data_dir)
+
+
+def load_network(
+    settings: Measurement,
+    data: Dataset,
+    checkpoint: str | None,
+    device: torch.device,
+    log: Callable[[str], object] | None = None,
+) -> nn.Module:
+    """Make the network that `settings` name, with the weights of `checkpoint`, for images of `data` on `device`.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: as `load_model` and `check_network` say.
+    """
+    assert settings.model is not None
+    shape = data.x_test.shape[1:]
+    sizes = {"num_classes": data.num_classes, "in_channels": shape[0]}
+    model = load_model(settings.model, checkpoint, settings.mean, settings.std, **sizes, log=log)
+    model = placed(model, settings.model, shape, device)
+    check_network(model, settings.model, data, device)
+    return model
 
 
 def check_network(model: nn.Module, name: str, data: Dataset, device: torch.device) -> None:

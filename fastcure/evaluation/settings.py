@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from fastcure._fields import OneOf, check_types, check_whole_numbers
 from fastcure._writing import json_bytes, write_whole
@@ -21,7 +21,7 @@ from fastcure.training.settings import MAX_H, read_settings, refuse_code, settin
 
 @dataclass(frozen=True)
 class Measurement:
-    """Which network is measured on which images: what `evaluate` and `analyze` have in common."""
+    """Which network is measured on which images: what `evaluate`, `analyze` and `report` have in common."""
 
     run: str | None = setting(None, "Folder of a finetune run: its model, weights, dataset and radii are the defaults.")
     model: Annotated[str, OneOf(MODELS, (FUNCTION,))] | None = setting(None, "The network.")
@@ -42,11 +42,26 @@ class Measurement:
     least: ClassVar[dict[str, int]] = {"limit": 1, "batch_size": 1, "seed": 0}
     """The least value of each whole number."""
 
+    wanted: ClassVar[str] = "--run, or --model and --dataset"
+    """What names a network and its images."""
+
+    @classmethod
+    def of(cls, explicit: dict[str, Any]) -> Self:
+        """Combine what the user set with what the run says, if there is one: what is explicit wins.
+
+        Raises:
+            FileNotFoundError: if the run's folder is not there, or lacks its settings.
+            ValueError: if these cannot be read, or a value does not fit.
+        """
+        known = {field.name for field in fields(cls)}
+        found = {name: value for name, value in run_defaults(explicit).items() if name in known}
+        return cls(**{**found, **explicit})
+
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         check_types(self)
         if self.model is None or self.dataset is None:
-            raise ValueError("what to measure is missing: give --run, or --model and --dataset")
+            raise ValueError(f"what to measure is missing: give {self.wanted}")
         check_whole_numbers(self, self.least)
         for name in ("mean", "std"):
             wrong = [value for value in getattr(self, name) or () if not 0 <= value <= 1]
@@ -54,15 +69,19 @@ class Measurement:
                 raise ValueError(f"{name} must be of pixels in [0, 1], got {wrong[0]:g}: of bytes, divide it by 255")
         if self.model in MODELS and self.checkpoint is None:
             raise ValueError(f"{self.model} has random weights without --checkpoint")
-        if self.out is not None:
-            path = Path(self.out)
-            with suppress(FileNotFoundError):
-                path.lstat()  # an OSError if there can be no such file
-                raise ValueError(f"out must be a new file, got {path}, which exists: choose another")
-            if not path.parent.is_dir():
-                raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
-            with tempfile.TemporaryFile(dir=path.parent):  # says now, not after the measurement, that nothing may be
-                pass
+        self._check_out()
+
+    def _check_out(self) -> None:
+        if self.out is None:
+            return
+        path = Path(self.out)
+        with suppress(FileNotFoundError):
+            path.lstat()  # an OSError if there can be no such file
+            raise ValueError(f"out must be a new file, got {path}, which exists: choose another")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"out must be in a folder that exists, got {path}")
+        with tempfile.TemporaryFile(dir=path.parent):  # says now, not after the measurement, that nothing may be
+            pass
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,7 @@ class EvaluationSettings(Measurement):
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
-        if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
-            raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
+        check_radii(self.eps)
 
 
 @dataclass(frozen=True)
@@ -101,10 +119,21 @@ class AnalysisSettings(Measurement):
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
-        if self.h <= 0:
-            raise ValueError(f"h must be > 0, got {self.h}")
-        if self.h > MAX_H:
-            raise ValueError(f"h must be <= {MAX_H:g}, got {self.h}")
+        check_step(self.h)
+
+
+def check_radii(eps: tuple[float, ...]) -> None:
+    """Check L-infinity radii."""
+    if not eps or not all(0 < each <= 1 for each in eps):
+        raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(eps)}")
+
+
+def check_step(h: float) -> None:
+    """Check the L2 length of a finite step."""
+    if h <= 0:
+        raise ValueError(f"h must be > 0, got {h}")
+    if h > MAX_H:
+        raise ValueError(f"h must be <= {MAX_H:g}, got {h}")
 
 
 def write_results(out: str, results: dict[str, Any]) -> None:
@@ -116,23 +145,6 @@ def write_results(out: str, results: dict[str, Any]) -> None:
     if os.path.lexists(out):
         raise FileExistsError(f"{out} has come to exist during the measurement, and is left as it is: see above")
     write_whole(out, json_bytes(results))
-
-
-def make_evaluation_settings(explicit: dict[str, Any]) -> EvaluationSettings:
-    """Combine what the user set with what the run says, if there is one: what is explicit wins.
-
-    Raises:
-        FileNotFoundError: if the run's folder is not there, or lacks its settings.
-        ValueError: if these cannot be read, or a value does not fit.
-    """
-    return EvaluationSettings(**{**run_defaults(explicit), **explicit})
-
-
-def make_analysis_settings(explicit: dict[str, Any]) -> AnalysisSettings:
-    """Combine what the user set with what the run says, as in `make_evaluation_settings`."""
-    found = run_defaults(explicit)
-    found.pop("eps", None)
-    return AnalysisSettings(**{**found, **explicit})
 
 
 def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:

@@ -154,9 +154,9 @@ def surfaces(subjects: list[Subject], images: Images, seed: int) -> list[tuple[s
 
 
 def checklists(
-    subjects: list[Subject], surrogate: nn.Module, images: Images, eps: float, seed: int, bar: Bar
+    subjects: list[Subject], surrogate: nn.Module | None, images: Images, eps: float, seed: int, bar: Bar
 ) -> list[tuple[str, list[Item]]]:
-    """The gradient-masking checklist of each network but the first, which is their surrogate from standard training."""
+    """The gradient-masking checklist of each network; `surrogate` is one from standard training."""
     images = images.sample(CHECKED_IMAGES)
     found = []
     for name, model in subjects:

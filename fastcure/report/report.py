@@ -1,36 +1,31 @@
-"""The report of one run or several: measures, figures, tables and the page."""
+"""The report of runs, or of any other network: measures, figures, tables and the page."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
-import torch
 from tqdm import tqdm
 
 from fastcure._environment import environment, pick_device
-from fastcure._fields import check_whole_numbers
+from fastcure._inference_mode import outside_inference_mode
 from fastcure._writing import csv_bytes, json_bytes, json_text, write_whole
-from fastcure.data import limited, load, sampled
+from fastcure.data import limited, sampled
 from fastcure.evaluation.checklist import verdict
-from fastcure.models import build
-from fastcure.models.placement import placed
-from fastcure.models.weights import load_weights
+from fastcure.evaluation.network import load_images, load_network
 from fastcure.objectives import OBJECTIVES
 from fastcure.report import figures, measures
 from fastcure.report.measures import Images, Row, Subject
 from fastcure.report.page import Html, Section, figure, page, table
+from fastcure.report.settings import ReportSettings, read_runs, short_names
 from fastcure.training.objective import step_lengths
-from fastcure.training.settings import Settings, read_settings, refuse_code
+from fastcure.training.settings import Settings
 
 PAPER = [
     ["paper, SVHN, ResNet-18: standard training", "96.3 %", "0.9 %"],
@@ -39,110 +34,72 @@ PAPER = [
 ]
 """Clean, and under PGD(10) at eps = 12/255."""
 
-FIGURES = ("figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds")
-NAMES = {
-    *(f"{name}.{kind}" for name in FIGURES for kind in ("csv", "png")),
-    *("table1.csv", "norms.csv", "checklist.csv", "settings.json", "index.html"),
-}
-"""Files of a report."""
-
 TRACK = ("epoch", "frobenius", "along_z", "clean", "pgd")
 """Columns of a run's track."""
 
 Files = dict[str, bytes]
 
 
-def report(
-    runs: Sequence[str],
-    out: str | None = None,
-    *,
-    data_dir: str | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    limit: int | None = 2000,
-    say: Callable[[str], object] = print,
-) -> Path:
-    """Measure the networks of finished runs, and write the page with its figures and tables.
+@outside_inference_mode
+def report(settings: ReportSettings, say: Callable[[str], object] = print) -> Path:
+    """Measure networks, and write the page with its figures and tables.
 
     Nothing is written before all is measured, and nothing is left where the report cannot be written as a whole.
 
     Args:
-        runs: folders of `fastcure finetune`, of one dataset and network. That before fine-tuning is the first run's.
-        out: folder of the report, new or empty; `report` inside the first run by default.
-        data_dir: folder of the dataset's files, if they have moved.
-        device: as in `fastcure finetune`.
-        seed: of the attacks' starts, the probes and the random direction.
-        limit: use so many test images, stratified by class.
+        settings: of the report.
         say: takes each line for the user.
 
     Returns:
         Path of `index.html`.
 
     Raises:
-        ValueError, OSError: if a setting is out of range, a run is not whole, runs do not belong together, or the
-            folder cannot be written.
+        ValueError, OSError, ModuleNotFoundError: if a run, the data or a network is not as it must be, or the folder
+            cannot be written.
     """
-    if not runs:
-        raise ValueError("runs must be one folder of a finished run at least, got none")
-    check_whole_numbers(SimpleNamespace(seed=seed, limit=limit), {"seed": 0, "limit": 1})
-    folder = Path(out or Path(runs[0]) / "report")
-    _check_free(folder)
-    configs = [_config(Path(run)) for run in runs]
-    first = configs[0]
-    for run, config in zip(runs, configs, strict=True):
-        for key in ("dataset", "model"):
-            ours, theirs = getattr(first, key), getattr(config, key)
-            if ours != theirs:
-                raise ValueError(f"runs must agree in {key}, got {ours} in {runs[0]} and {theirs} in {run}")
-    tracks = [_track(Path(run)) for run in runs]
-    where = pick_device(device)
-    whole = load(first.dataset, data_dir or first.data_dir)
-    data = limited(whole, limit, seed)
+    runs = read_runs(settings.runs)
+    tracks = [_track(Path(run)) for run in settings.runs]
+    where = pick_device(settings.device)
+    whole = load_images(settings)
+    data = limited(whole, settings.limit, settings.seed)
     images = Images((data.x_test.float() / 255).to(where), data.y_test.to(where))
-
-    def network(path: Path) -> torch.nn.Module:
-        model = build(first.model, data.num_classes, data.x_test.shape[1])
-        load_weights(model, path)
-        return placed(model, first.model, data.x_test.shape[1:], where)
-
-    title = OBJECTIVES[first.objective].title if len({config.objective for config in configs}) == 1 else "fine-tuning"
-    names = [f"after {title}"] if len(runs) == 1 else _short_names(runs)
-    subjects = [Subject(f"before {title}", network(Path(runs[0]) / "original.safetensors"))]
-    subjects += [Subject(n, network(Path(run) / "model.safetensors")) for n, run in zip(names, runs, strict=True)]
+    title, weights = _networks(settings, runs)
+    before = next(iter(weights)) if settings.surrogate is not None else None
+    subjects = [Subject(name, load_network(settings, data, path, where, say)) for name, path in weights.items()]
     say(f"{data.name}: {sampled(data, whole)}, {len(subjects)} networks, on {where}")
 
     files: Files = {}
+    names = list(weights)[len(weights) - len(runs) :]
     evolution = [{"model": name, **row} for name, track in zip(names, tracks, strict=True) for row in track]
-    sections = _measure(subjects, images, first, evolution, files, seed)
+    h = settings.h or (_last_h(runs[0], images.x[0].numel()) if runs else 1.25)
+    sections = _measure(subjects, before, images, settings, h, evolution, files)
     about = environment(where)
-    settings = {"runs": dict(zip(names, map(asdict, configs), strict=True)), "seed": seed, "environment": about}
-    files["settings.json"] = json_bytes(settings)
-    sections.append(Section("Settings", f"<pre>{escape(json_text(settings))}</pre>"))
+    configs = {"runs": dict(zip(names, map(asdict, runs), strict=True))} if runs else {}
+    content = {"settings": asdict(settings), **configs, "environment": about}
+    files["settings.json"] = json_bytes(content)
+    sections.append(Section("Settings", f"<pre>{escape(json_text(content))}</pre>"))
     introduction = (
-        f"{escape(first.model)} on {escape(data.name)}, {sampled(data, whole)}; device "
+        f"{escape(str(settings.model))} on {escape(data.name)}, {sampled(data, whole)}; device "
         f"{escape(str(about['device']))}. Every table and figure has its numbers as CSV beside this page."
     )
-    files["index.html"] = page(f"{title[0].upper()}{title[1:]} on {data.name}", introduction, sections).encode(
-        errors="xmlcharrefreplace"
-    )
-    _write(folder, files)
-    say(f"report in {folder / 'index.html'}")
-    return folder / "index.html"
+    heading = f"{title[0].upper()}{title[1:]} on {data.name}" if runs else f"{title} on {data.name}"
+    files["index.html"] = page(heading, introduction, sections).encode(errors="xmlcharrefreplace")
+    _write(settings.folder, files)
+    say(f"report in {settings.folder / 'index.html'}")
+    return settings.folder / "index.html"
 
 
-def _check_free(folder: Path) -> None:
-    """Check that a report can be written to `folder`: what a killed one has left there is no hindrance.
-
-    Raises:
-        ValueError: if the folder holds something else, or a whole report.
-        OSError: if nothing can be written there.
-    """
-    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    left = NAMES | {f".{name}.partial" for name in NAMES}
-    if (os.path.lexists(folder) and not folder.is_dir()) or held - left or "index.html" in held:
-        raise ValueError(f"out must be a new or an empty folder, got {folder}, which holds something: choose another")
-    with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.absolute().parents) if place.is_dir())):
-        pass
+def _networks(settings: ReportSettings, runs: Sequence[Settings]) -> tuple[str, dict[str, str | None]]:
+    """Return the title of the report, and the weights of each network by its name, those before fine-tuning first."""
+    if not runs:
+        name = str(settings.model)
+        compared = {"surrogate": settings.surrogate} if settings.surrogate is not None else {}
+        return name, {**compared, name: settings.checkpoint}
+    objectives = {config.objective for config in runs}
+    title = OBJECTIVES[runs[0].objective].title if len(objectives) == 1 else "fine-tuning"
+    names = [f"after {title}"] if len(runs) == 1 else short_names(settings.runs)
+    after = {name: str(Path(run) / "model.safetensors") for name, run in zip(names, settings.runs, strict=True)}
+    return title, {f"before {title}": settings.surrogate, **after}
 
 
 def _write(folder: Path, files: Files) -> None:
@@ -164,14 +121,15 @@ def _write(folder: Path, files: Files) -> None:
 
 def _measure(
     subjects: list[Subject],
+    before: str | None,
     images: Images,
-    config: Settings,
+    settings: ReportSettings,
+    h: float,
     tracks: list[Row],
     files: Files,
-    seed: int,
 ) -> list[Section]:
-    last = max(config.eps)
-    radii = sorted({0.0, *config.eps, *(last * i / 8 for i in range(1, 11))})
+    last, seed = max(settings.eps), settings.seed
+    radii = sorted({0.0, *settings.eps, *(last * i / 8 for i in range(1, 11))})
     sections = []
 
     accuracies = measures.accuracies(subjects, images, radii, seed, _bar)
@@ -188,7 +146,7 @@ def _measure(
         [row["model"], *(f"{row[key]:.3g} ± {row[f'{key}_standard_error']:.2g}" for key in ("frobenius", "along_z"))]
         for row in norms
     ]
-    profiles = measures.profiles(subjects, images, _last_h(config, images.x[0].numel()), _bar)
+    profiles = measures.profiles(subjects, images, h, _bar)
     sections.append(
         Section(
             "Figure 1: curvature",
@@ -215,7 +173,9 @@ def _measure(
         drawn = _drawn(files, "theorem1_bounds", bounds, figures.draw_bounds, BOUND_CAPTION)
         sections.append(Section("Theorem 1", drawn))
 
-    checked = measures.checklists(subjects[1:], subjects[0].model, images, last, seed, _bar)
+    surrogate = next((model for name, model in subjects if name == before), None)
+    examined = [subject for subject in subjects if subject.name != before]
+    checked = measures.checklists(examined, surrogate, images, last, seed, _bar)
     marks = {True: Html('<span class="pass">pass</span>'), False: Html('<span class="fail">FAIL</span>'), None: "skip"}
     body = ""
     for name, items in checked:
@@ -297,23 +257,9 @@ def _track(run: Path) -> list[Row]:
         raise ValueError(f"{path} must have a number in each of {', '.join(TRACK)}, in each row: {error}") from error
 
 
-def _config(run: Path) -> Settings:
-    for name in ("config.json", "metrics.json", "original.safetensors", "model.safetensors"):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run} is not a finished run of fastcure finetune: {run / name} does not exist")
-    config = read_settings(run / "config.json", resume=False)
-    refuse_code(config.model, run / "config.json")
-    return config
-
-
 def _last_h(config: Settings, values: int) -> float:
     """Return the L2 length of the finite step that fine-tuning ended with, on images of so many values."""
     return step_lengths(config, values).at(config.epochs)
-
-
-def _short_names(runs: Sequence[str]) -> list[str]:
-    names = [Path(run).resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else list(runs)
 
 
 def _percent(value: float) -> str:

@@ -205,5 +205,5 @@ def refuse_code(model: object, path: Path) -> None:
     if isinstance(model, str) and model not in MODELS:
         raise ValueError(
             f"{path} names the model {shortened(model)}, and only {', '.join(MODELS)} are made at a file's word: give "
-            "it again as --model (of finetune, evaluate and analyze)"
+            "it again as --model"
         )

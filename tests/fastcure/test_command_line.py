@@ -73,8 +73,10 @@ OPTIONS = {
     "restarts attacks",
     "analyze": "run model checkpoint surrogate mean std dataset data-dir limit batch-size device seed out h probes "
     "extremes",
-    "report": "out data-dir device seed limit",
+    "report": "out data-dir device seed limit eps h",
 }
+SHARED = {"report": "model checkpoint surrogate mean std dataset batch-size"}
+"""Further options, whose values are read as those of `evaluate` are."""
 
 
 class Accepted(BaseException):
@@ -144,7 +146,7 @@ def test_the_options_are_all(capsys: pytest.CaptureFixture[str]) -> None:
         shown = {word.strip("[],).;") for word in capsys.readouterr().out.split() if word.strip("[]").startswith("--")}
         shown = {word.split("=")[0] for word in shown if not word.startswith("--no-")}
         flags = {"--resume", "--augment", "--checklist", "--help"}
-        assert shown - flags == {f"--{option}" for option in options.split()}
+        assert shown - flags == {f"--{option}" for option in [*options.split(), *SHARED.get(command, "").split()]}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from fastcure.attacks import autoattack, deepfool, fgsm, pgd, spsa
 from fastcure.evaluation.accuracy import accuracy, correct
 from fastcure.evaluation.checklist import masking_checklist
 from fastcure.evaluation.evaluate import evaluate
-from fastcure.evaluation.settings import make_evaluation_settings
+from fastcure.evaluation.settings import EvaluationSettings
 
 Run = Callable[..., object]
 
@@ -119,7 +119,7 @@ def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.chdir(tmp_path)
     found = {"model": "validated:network", "dataset": "npz:data.npz", "eps": (0.1,), "device": "cpu", "steps": 2}
-    settings = make_evaluation_settings(found)
+    settings = EvaluationSettings.of(found)
     wanted = evaluate(settings, say=lambda _: None)
     with torch.inference_mode():
         assert evaluate(settings, say=lambda _: None) == wanted

@@ -24,6 +24,7 @@ from fastcure.models import resnet8
 from fastcure.report import measures
 from fastcure.report import report as reporting
 from fastcure.report.page import Html, table
+from fastcure.report.settings import NAMES
 
 FIGURES = ["figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds"]
 
@@ -134,7 +135,7 @@ def test_the_report_of_two_runs(runs: Path) -> None:
     ]
     for name, source in zip(FIGURES, page.sources, strict=True):  # nothing is fetched
         assert source.removeprefix("data:image/png;base64,") == b64encode((out / f"{name}.png").read_bytes()).decode()
-    assert {path.name for path in out.iterdir()} == reporting.NAMES
+    assert {path.name for path in out.iterdir()} == NAMES
     with (out / "figure4_accuracy.csv").open(newline="") as file:
         found = {(row["model"], float(row["eps"])): float(row["accuracy"]) for row in csv.DictReader(file)}
     metrics = json.loads((runs / "tracked" / "metrics.json").read_text())

@@ -1,0 +1,104 @@
+"""`fastcure report` on networks that are not bundled: of no run, and of a run whose network is named again."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcure.cli import main
+
+MODULE = """
+from torch import nn
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Tanh(), nn.Linear(12, 3))
+"""
+WHOLE = ["table1.csv", "norms.csv", "checklist.csv", "settings.json", "index.html"]
+
+
+class Place:
+    def __init__(self, path: Path) -> None:
+        rng = np.random.default_rng(0)
+        y = np.arange(60) % 3
+        x = (rng.integers(0, 90, (60, 6, 6)) + 70 * y[:, None, None]).astype(np.uint8)
+        np.savez(path / "data.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:])
+        (path / "report_networks.py").write_text(MODULE)
+        self.x, self.y = torch.from_numpy(x[30:, None]).float() / 255, torch.from_numpy(y[30:])
+        self.networks = []
+        for seed, name in enumerate(("before.pt", "after.pt")):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Tanh(), nn.Linear(12, 3))
+            optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+            for _ in range(30):
+                optimizer.zero_grad()
+                F.cross_entropy(model((self.x - 0.4) / 0.3), self.y).backward()
+                optimizer.step()
+            torch.save(model.state_dict(), path / name)
+            self.networks.append(model)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path)
+
+
+def clean(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return float((model((x - 0.4) / 0.3).argmax(1) == y).double().mean())
+
+
+OUTSIDE = (
+    "--model report_networks:network --dataset npz:data.npz --mean 0.4 --std 0.3 --eps 0.05,0.1 --device cpu".split()
+)
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_any_network_beside_other_weights_of_it(place: Place) -> None:
+    assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--surrogate", "before.pt", "--h", "0.7"]) == 0
+    found = {(row["model"], float(row["eps"])): float(row["accuracy"]) for row in rows("report/figure4_accuracy.csv")}
+    for name, model in zip(("surrogate", "report_networks:network"), place.networks, strict=True):
+        assert found[name, 0.0] == pytest.approx(clean(model, place.x, place.y), abs=1e-9)
+        assert found[name, 0.1] <= found[name, 0.05] <= found[name, 0.0]
+    checked = {row["model"]: row for row in rows("report/checklist.csv") if "black-box" in row["item"]}
+    assert list(checked) == ["report_networks:network"]
+    assert checked["report_networks:network"]["passed"] != ""  # the surrogate was attacked
+    assert json.loads(Path("report/settings.json").read_text())["settings"]["h"] == 0.7
+    assert "<h1>report_networks:network on npz:data.npz</h1>" in Path("report/index.html").read_text()
+
+
+def test_a_network_alone_on_a_sample(place: Place) -> None:
+    assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--out", "alone", "--limit", "12"]) == 0
+    assert {row["model"] for row in rows("alone/figure4_accuracy.csv")} == {"report_networks:network"}
+    skipped = [row for row in rows("alone/checklist.csv") if row["passed"] == ""]
+    assert "no surrogate" in next(row["evidence"] for row in skipped if "black-box" in row["item"])
+    assert all(Path("alone", name).is_file() for name in WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give folders of finished runs, or --model and --dataset"),
+        (["--model", "resnet8", "--dataset", "digits"], "resnet8 has random weights without --checkpoint"),
+        ([*OUTSIDE, "--checkpoint", "none.pt"], "checkpoint none.pt does not exist"),
+        (["run", "--checkpoint", "after.pt"], "run is not a finished run of fastcure finetune"),
+        ([*OUTSIDE, "--eps", "2"], "eps must be radii in (0, 1]"),
+        ([*OUTSIDE, "--h", "-1"], "h must be > 0, got -1.0"),
+    ],
+)
+def test_bad_input_is_one_line(
+    place: Place, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("report").exists()
