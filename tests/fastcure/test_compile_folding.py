@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from networks import relative
+from networks import relative, rounding
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -32,6 +32,16 @@ class Tied(nn.Module):
         return self.fc(self.norm_b(self.b(x)).relu().flatten(1))
 
 
+class SharedStatistics(Tied):
+    """Two batch norms with one mean and one variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(2, 2, 3, padding=1)
+        self.double()  # a conversion later would part them
+        self.norm_b.running_mean, self.norm_b.running_var = self.norm_a.running_mean, self.norm_a.running_var
+
+
 def sequential(*layers: nn.Module) -> nn.Module:
     features = nn.Sequential(*layers, nn.GELU(), nn.Flatten())
     return nn.Sequential(features, nn.Linear(features.eval()(torch.rand(2, 2, 4, 4)).shape[1], 3))
@@ -45,6 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "without an affine map": (lambda: sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False)), 0, 0),
     "without statistics": (lambda: sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), 0, 0),
     "tied weights": (Tied, 0, 2),
+    "shared statistics": (SharedStatistics, 0, 0),
 }
 """With the numbers of batch norms that are folded into a layer, and that become a product and a sum."""
 
@@ -81,6 +92,18 @@ def test_it_is_exact_and_follows_the_model(counter: CompileCounterWithBackend, n
         model.train()(x)  # running statistics move
     assert counter.frame_count == 1
     assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_a_layer_keeps_its_dtype_beside_a_wider_norm(counter: CompileCounterWithBackend) -> None:
+    torch.manual_seed(0)
+    model = MODELS["convolution"][0]().bfloat16()
+    model[0][1].float()  # type: ignore[index,union-attr]
+    x, y = torch.rand(4, 2, 4, 4).bfloat16(), torch.tensor([0, 1, 2, 1])
+    prepare(model, x)
+    assert len(Folding(model, norms=True).folds) == 1
+    found = [gradients(model, x, y, engine) for engine in ("compile", "eager")]
+    assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+    assert relative(*found) < rounding(torch.bfloat16, 1, condition=4)
 
 
 def test_a_hook_added_later_takes_the_batch_norm_out(counter: CompileCounterWithBackend) -> None:
