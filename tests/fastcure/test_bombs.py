@@ -15,7 +15,7 @@ from small_runs import finetune, write_npz
 from torch import nn
 
 from fastcure.data import load
-from fastcure.data.files import expansion_limit
+from fastcure.data.files import expansion_limit, read_exactly
 from fastcure.models.weights import load_weights
 from fastcure.training.checkpoint import Progress, pack, unpack
 from fastcure.training.run import Run
@@ -143,6 +143,12 @@ def test_a_bomb_takes_no_more_than_its_size_allows(tmp_path: Path, make: Any) ->
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 140 << 20  # zlib has its parts and their whole
+
+
+def test_a_payload_may_be_as_long_as_the_limit_and_no_longer() -> None:
+    assert read_exactly(io.BytesIO(b"1234"), 4, most=4) == b"1234"
+    with pytest.raises(ValueError, match=r"announces 5 bytes; allowed are 0\.\.4"):
+        read_exactly(io.BytesIO(b"12345"), 5, most=4)
 
 
 def test_the_limit_follows_the_file() -> None:

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from fastcure.data import Dataset, load
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def digits() -> Dataset:
     return load("digits")
 

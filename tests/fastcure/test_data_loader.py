@@ -32,7 +32,14 @@ def epoch(batches: Loader) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("batch_size", "drop_last", "sizes"),
-    [(4, False, [4] * 5 + [3]), (4, True, [4] * 5), (23, True, [23]), (40, False, [23]), (1, True, [1] * 23)],
+    [
+        (4, False, [4] * 5 + [3]),
+        (4, True, [4] * 5),
+        (23, True, [23]),
+        (11, False, [11, 11, 1]),
+        (40, False, [23]),
+        (1, True, [1] * 23),
+    ],
 )
 def test_length_and_batch_sizes(batch_size: int, drop_last: bool, sizes: list[int]) -> None:
     batches = loader(batch_size, drop_last=drop_last)
