@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
+EXAMPLES ?= $(VENV)-examples
 SEED   ?= 0
 FUZZ   ?= 15
 FUZZ_SEED ?= $(shell date +%s)
@@ -13,7 +14,7 @@ SAMPLE ?= 12
 JOBS   ?= 2
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test api fuzz soak torchrun-soak mutate lint bench docs
+.PHONY: demo test api fuzz soak torchrun-soak mutate lint bench docs examples
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -24,6 +25,13 @@ demo: $(VENV)/installed
 test: lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || $(BIN)/python -m pytest -m gpu
+
+# Every script in examples/, with the frameworks that they need; those for several processes on two. The frameworks have
+# a virtual environment of their own. A CPU build of torch takes a CPU build of torchvision, which package indexes rarely
+# have; where torchvision does not fit, timm's example is left out.
+examples: $(EXAMPLES)/installed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python -m pytest tests/distributed/test_examples.py \
+		tests/fastcure/test_documents.py -k "example or process or it_runs or trainers" -v
 
 # After a change of the public API: its names and signatures, which a test compares, into tests/fastcure/public_api.txt.
 api: $(VENV)/installed
@@ -66,6 +74,13 @@ docs: $(VENV)/docs-installed
 
 $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	touch $@
+
+$(EXAMPLES)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(EXAMPLES)
+	$(EXAMPLES)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev,examples]"
+	$(EXAMPLES)/bin/python -c "import torchvision" || \
+		$(EXAMPLES)/bin/python -m pip uninstall --quiet --yes timm torchvision
 	touch $@
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastcure import eps_to_h
 from fastcure.models import MODELS, resnet8
 from fastcure.objectives import OBJECTIVES, Objective
-from fastcure.training.schedule import Schedule, parse_schedule
+from fastcure.schedules import Schedule, schedule
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {**MODELS, "resnet8-gelu": partial(resnet8, activation=F.gelu)}
 
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Schedules are those of `fastcure.training.schedule`."""
+    """How a network is trained. Schedules are those of `fastcure.schedules`."""
 
     label: str
     """Name of the curve that it is a point of."""
@@ -70,9 +70,9 @@ class Recipe:
 
     def schedules(self, eps: float, numel: int) -> dict[str, Schedule]:
         """Return the schedules of the learning rate and of the objective's numbers, on images of `numel` numbers."""
-        found = {name: parse_schedule(name, getattr(self, name), self.epochs) for name in ("lr", "gamma", "h")}
+        found = {name: schedule(getattr(self, name), self.epochs, name) for name in ("lr", "gamma", "h")}
         found["h"] = found["h"].times(eps_to_h(eps, numel))
-        found["eps"] = parse_schedule("eps", repr(eps), self.epochs)
+        found["eps"] = schedule(repr(eps), self.epochs, "eps")
         return {name: found[name] for name in ("lr", *OBJECTIVES[self.objective].scheduled)}
 
 

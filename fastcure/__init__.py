@@ -12,11 +12,22 @@ from fastcure._explain import explain
 from fastcure._folding.prepare import prepare
 from fastcure.objectives.cure import CURE, CUREOutput
 from fastcure.rules import double_backward
+from fastcure.schedules import Schedule, schedule
 from fastcure.units import eps_to_h, h_to_eps
 
 __version__ = "0.1.0"
 
-_MODULES = ("analysis", "attacks", "data", "evaluation", "models", "objectives", "profiling", "training")
+_MODULES = (
+    "analysis",
+    "attacks",
+    "data",
+    "evaluation",
+    "integrations",
+    "models",
+    "objectives",
+    "profiling",
+    "training",
+)
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -30,6 +41,7 @@ __all__ = [
     "CURE",
     "CUREOutput",
     "Curvature",
+    "Schedule",
     "__version__",
     "curvature",
     "double_backward",
@@ -37,4 +49,5 @@ __all__ = [
     "explain",
     "h_to_eps",
     "prepare",
+    "schedule",
 ]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastcure.objectives import Objective
+from fastcure.schedules import Schedule
 from fastcure.training.average import WeightAverage
 from fastcure.training.ranks import Ranks, out_of_memory
-from fastcure.training.schedule import Schedule
 from fastcure.training.tally import Tally
 
 

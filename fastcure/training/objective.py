@@ -8,7 +8,7 @@ from torch import nn
 
 from fastcure.objectives import OBJECTIVES, Objective
 from fastcure.objectives.standard import smoothed
-from fastcure.training.schedule import Schedule
+from fastcure.schedules import Schedule
 from fastcure.units import eps_to_h
 
 if TYPE_CHECKING:

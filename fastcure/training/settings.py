@@ -15,11 +15,11 @@ from fastcure.engines import ENGINES, LossAt, engine_called
 from fastcure.models import MODELS
 from fastcure.models.loading import FUNCTION
 from fastcure.objectives import OBJECTIVES
+from fastcure.schedules import Schedule, schedule
 from fastcure.training.objective import make_objective, settings_of
 from fastcure.training.optimizer import OPTIMIZERS
 from fastcure.training.presets import PRESETS
 from fastcure.training.run_folder import read_json
-from fastcure.training.schedule import Schedule, parse_schedule
 
 MAX_H = 1e4
 """Largest h: far longer than the diagonal of the pixels' box, and far from where squares overflow in float32."""
@@ -38,7 +38,7 @@ def setting(default: Any, meaning: str, alone: int | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that determines a run. Numbers that may change during it are schedules, see `parse_schedule`.
+    """All that determines a run. Numbers that may change during it are schedules, see `fastcure.schedule`.
 
     The defaults are CURE with what docs/study.md found to serve it. Types and choices are those of the annotations, for
     the checks here and for the command line.
@@ -136,7 +136,7 @@ class Settings:
         text = getattr(self, name)
         if name == "train_eps" and text is None:
             text = repr(float(max(self.eps)))
-        return parse_schedule(name, text, self.pretrain_epochs if "pretrain" in name else self.epochs)
+        return schedule(text, self.pretrain_epochs if "pretrain" in name else self.epochs, name)
 
 
 def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings:

@@ -15,6 +15,7 @@ from two_processes import refusal
 
 from fastcure import CURE, curvature
 from fastcure import _distributed as data_parallel
+from fastcure.integrations.hugging_face import call_through
 
 STEPS = 3
 H, GAMMA = 0.7, 2.0
@@ -122,6 +123,19 @@ def loops(rank: int, store: str) -> dict[str, Any]:
     model = copy.deepcopy(case.model)
     ddp = DistributedDataParallel(Trainer(model))
     found["inside a trainer"] = run(model, lambda: ddp(x, y).backward())
+    for name, replaced in (("of its class", False), ("of its own", True)):  # as accelerate does to cast
+        model, ddp = fresh()
+        if replaced:
+            of_class = model.forward
+            model.forward = lambda x, of_class=of_class: of_class(x)
+        before, cure = vars(model).get("forward"), CURE(model, H, GAMMA)
+        refused = refusal(lambda ddp=ddp, cure=cure: call_through(ddp, cure.model, cure, x, y[:1]))
+        assert refused.startswith("ValueError: y must be"), refused
+        assert vars(model).get("forward") is before
+        through = lambda ddp=ddp, cure=cure: call_through(ddp, cure.model, cure, x, y).total.backward()  # noqa: E731
+        found[f"through its wrapper, forward {name}"] = run(model, through)
+        assert vars(model).get("forward") is before
+    del ddp
     other, unused = fresh()
     model = copy.deepcopy(case.model)
     ddp = DistributedDataParallel(CURE(model, H, GAMMA))

@@ -13,7 +13,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["averaged by hand", "averaged by hand, no_sync", "inside a trainer", "beside an unrelated one"]
+    "name",
+    [
+        "averaged by hand",
+        "averaged by hand, no_sync",
+        "inside a trainer",
+        "beside an unrelated one",
+        "through its wrapper, forward of its class",
+        "through its wrapper, forward of its own",
+    ],
 )
 def test_right_loops_are_left_alone(found: dict[str, Any], name: str) -> None:
     assert found[name] < 1e-10

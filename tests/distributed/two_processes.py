@@ -29,11 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fastcure import CURE, curvature, prepare
 from fastcure.cli import main
 from fastcure.objectives.cure import CUREOutput
+from fastcure.schedules import schedule
 from fastcure.training.epoch import train_steps
 from fastcure.training.ranks import Ranks
 from fastcure.training.run import Run
 from fastcure.training.run_folder import reserved
-from fastcure.training.schedule import parse_schedule
 from fastcure.training.tally import Tally
 
 STATEFUL = "--objective trades --steps 1 --batch-stats train --optimizer sgd --lr 1e-2 --ema 0.9".split()
@@ -169,8 +169,8 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
         few = Case(case.model, case.x[:rows], case.y[:rows])
         model = few.copy().model
         optimizer = torch.optim.SGD(model.parameters(), fused=True)
-        schedules = {name: parse_schedule(name, "1", 1) for name in ("lr", "h", "gamma")}
-        schedules["lr"] = parse_schedule("lr", "0", 1)
+        schedules = {name: schedule("1", 1, name) for name in ("lr", "h", "gamma")}
+        schedules["lr"] = schedule("0", 1, "lr")
         tally, ranks = Tally(torch.device("cpu")), Ranks(torch.device("cpu"), rank, 2)
         list(train_steps(CURE(model), [(0, 0.0, (few.x, few.y))], optimizer, schedules, tally, ranks))
         found[f"finetune on {rows}"] = relative(gradient(model), truth(few, h=1.0, gamma=1.0))

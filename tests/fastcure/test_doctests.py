@@ -16,6 +16,7 @@ MODULES = (
     "fastcure.data",
     "fastcure.evaluation.accuracy",
     "fastcure.evaluation.checklist",
+    "fastcure.integrations",
     "fastcure.models",
     "fastcure.objectives",
     "fastcure.profiling.flops",

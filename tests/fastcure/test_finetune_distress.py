@@ -18,11 +18,11 @@ from fastcure import CURE
 from fastcure.models import resnet8
 from fastcure.objectives import Standard
 from fastcure.objectives.cure import CUREOutput
+from fastcure.schedules import schedule
 from fastcure.training.epoch import train_steps
 from fastcure.training.optimizer import make_optimizer
 from fastcure.training.ranks import Ranks
 from fastcure.training.run import Run
-from fastcure.training.schedule import parse_schedule
 from fastcure.training.tally import Tally
 
 Forward = Callable[[CURE, Tensor, Tensor], CUREOutput]
@@ -177,7 +177,7 @@ def test_a_skipped_step_leaves_no_trace(objective: Any) -> None:
     torch.manual_seed(0)
     first = resnet8(num_classes=3)
     x, y = torch.rand(3, 6, 3, 8, 8), torch.randint(3, (3, 6))
-    schedules = {"lr": parse_schedule("lr", "1e-2", 1)}
+    schedules = {"lr": schedule("1e-2", 1, "lr")}
     found = []
     for batches in ([0, 1, 2], [0, 2]):
         model = copy.deepcopy(first)
@@ -222,7 +222,7 @@ def test_no_step_reads_a_value() -> None:
                 Plain(model),
                 work,
                 make_optimizer(model.parameters()),
-                {"lr": parse_schedule("lr", "1", 1)},
+                {"lr": schedule("1", 1, "lr")},
                 tally,
                 Ranks(cpu),
             )
@@ -272,7 +272,7 @@ def test_a_repeated_step_leaves_no_trace_of_the_first_try(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     first = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.ReLU(), nn.Linear(9, 3))
     x, y = torch.rand(3, 8, 3, 2, 2), torch.randint(3, (3, 8))
-    schedules = {"lr": parse_schedule("lr", "1e-2", 1)}
+    schedules = {"lr": schedule("1e-2", 1, "lr")}
     limit_memory(monkeypatch, 3)
     found = []
     for microbatch in (None, 2):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastcure.training.schedule import parse_schedule
+from fastcure.schedules import schedule
 
 
 @pytest.mark.parametrize(
@@ -19,18 +19,18 @@ from fastcure.training.schedule import parse_schedule
     ],
 )
 def test_values(text: str, epochs: int, values: dict[float, float]) -> None:
-    schedule = parse_schedule("gamma", text, epochs)
-    assert {epoch: schedule.at(epoch) for epoch in values} == pytest.approx(values)
+    found = schedule(text, epochs, "gamma")
+    assert {epoch: found.at(epoch) for epoch in values} == pytest.approx(values)
 
 
 def test_one_cycle_is_torchs() -> None:
     steps, epochs = 1000, 10
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     wanted = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
-    schedule = parse_schedule("lr", "onecycle:0.01", epochs)
+    found = schedule("onecycle:0.01", epochs, "lr")
     for step in range(steps):
         # torch ends each half with its last step, we with the first of the next.
-        assert schedule.at(step / steps * epochs) == pytest.approx(wanted.get_last_lr()[0], abs=0.01 * 6 / steps)
+        assert found.at(step / steps * epochs) == pytest.approx(wanted.get_last_lr()[0], abs=0.01 * 6 / steps)
         optimizer.step()
         wanted.step()
 
@@ -51,4 +51,4 @@ def test_one_cycle_is_torchs() -> None:
 )
 def test_bad_input_is_one_clear_error(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_schedule("gamma", text, 10)
+        schedule(text, 10, "gamma")

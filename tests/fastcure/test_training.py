@@ -18,12 +18,12 @@ import fastcure.training.run as run_module
 from fastcure.cli import main
 from fastcure.models import resnet8
 from fastcure.objectives import FGSM, OBJECTIVES, Standard
+from fastcure.schedules import schedule
 from fastcure.training.average import WeightAverage
 from fastcure.training.epoch import train_steps
 from fastcure.training.optimizer import OPTIMIZERS, make_optimizer
 from fastcure.training.ranks import Ranks
 from fastcure.training.run import Run
-from fastcure.training.schedule import parse_schedule
 from fastcure.training.tally import Tally
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def batches(count: int = 4) -> list[tuple[int, float, tuple[Tensor, Tensor]]]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, work: Any, **options: Any) -> None:
-    schedules = {"lr": parse_schedule("lr", str(RATE), 1)}
+    schedules = {"lr": schedule(str(RATE), 1, "lr")}
     list(train_steps(Standard(model), work, optimizer, schedules, Tally(CPU), Ranks(CPU), **options))
 
 

@@ -1,4 +1,4 @@
-"""Schedules of gamma, h and the learning rate, written as `4x10,8x5,12x5` or `0:4x30%,4`."""
+"""Schedules of gamma, h, a learning rate, ..., written as `4x10,8x5,12x5` or `0:4x30%,4`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """A function of the epoch, segment by segment."""
+    """A function of the epoch, segment by segment; `fastcure.schedule` makes one."""
 
     segments: tuple[Segment, ...]
 
@@ -44,7 +44,7 @@ class Schedule(NamedTuple):
         )
 
 
-def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
+def schedule(text: str, epochs: float, name: str = "schedule") -> Schedule:
     """Read a schedule: segments `VALUE` or `FROM:TO`, each but the last followed by `xEPOCHS`, joined by commas.
 
     `4x10,8x5,12x5` holds 4 for ten epochs, then 8 for five, then 12 for five; `0:4x30%,4` climbs from 0 to 4 in the
@@ -52,12 +52,18 @@ def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
     defaults: from a 25th up to 1e-2 in 30 % of the run, and down to 4e-8 of 1e-2, both along a cosine.
 
     Args:
-        name: of the setting, for errors.
         text: the schedule.
         epochs: length of the run; a last segment without `xEPOCHS` takes what is left of it.
+        name: of the setting, for errors.
 
     Raises:
         ValueError: if it cannot be read, has a negative value, or does not last `epochs` epochs.
+
+    Examples:
+        >>> import fastcure
+        >>> gamma = fastcure.schedule("0:4x30%,4", epochs=20)
+        >>> [gamma.at(epoch) for epoch in (0, 1.5, 3, 6, 20)]
+        [0.0, 1.0, 2.0, 4.0, 4.0]
     """
     text = text.replace(" ", "")
     if text.startswith(ONE_CYCLE):
@@ -82,11 +88,11 @@ def parse_schedule(name: str, text: str, epochs: int) -> Schedule:
         segments.append(segment)
         left -= lasts
     if abs(left) > 1e-9:
-        raise ValueError(f"{name} must last the run's {epochs} epochs, got {epochs - left:g} in {text!r}")
+        raise ValueError(f"{name} must last the run's {epochs:g} epochs, got {epochs - left:g} in {text!r}")
     return Schedule(tuple(segments))
 
 
-def _one_cycle(name: str, text: str, epochs: int) -> Schedule:
+def _one_cycle(name: str, text: str, epochs: float) -> Schedule:
     """Smith, Topin, "Super-Convergence", 2018, as `torch.optim.lr_scheduler.OneCycleLR` has it."""
     try:
         peak = float(text.removeprefix(ONE_CYCLE))

@@ -1,0 +1,62 @@
+"""What the mixins have in common: an objective beside the network, and schedules of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fastcure.objectives import Objective
+from fastcure.schedules import schedule
+
+
+class WithObjective:
+    """Has an objective that is made when it is first needed, and that is no submodule: a checkpoint does not hold it.
+
+    Raises:
+        NotImplementedError: if a subclass does not define `make_objective`.
+    """
+
+    schedules: ClassVar[Mapping[str, str]] = {}
+    """Numbers of the objective that change during the run: `{"gamma": "0:1x50%,1"}`, see `fastcure.schedule`."""
+
+    def make_objective(self) -> Objective:
+        """Return the objective of the network: define it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define make_objective(self), such as "
+            "return fastcure.CURE(self.model, h=fastcure.eps_to_h(8 / 255, 3 * 32 * 32))"
+        )
+
+    @property
+    def objective(self) -> Objective:
+        """The objective, what `make_objective` returns."""
+        found: Objective | None = vars(self).get("_objective")
+        if found is None:
+            try:
+                found = self.make_objective()
+            except AttributeError as error:  # a module would report that it has no `objective`
+                raise RuntimeError(f"make_objective of {type(self).__name__} failed: {error}") from error
+            vars(self)["_objective"] = found  # past `nn.Module.__setattr__`, which would make it a submodule
+        return found
+
+    def _follow_schedules(self, share: float, epochs: float) -> dict[str, float]:
+        """Set the numbers of the objective that have a schedule.
+
+        Args:
+            share: of the run that is done, in [0, 1].
+            epochs: length of the run.
+
+        Returns:
+            The values set.
+
+        Raises:
+            ValueError: if `schedules` names something else, or a schedule cannot be read.
+        """
+        known = self.objective.scheduled
+        for name in self.schedules:
+            if name not in known:
+                kind = type(self.objective).__name__
+                raise ValueError(f"schedules of {kind} may name {', '.join(known) or 'nothing'}, got {name!r}")
+        values = {name: schedule(text, epochs, name).at(share * epochs) for name, text in self.schedules.items()}
+        for name, value in values.items():
+            setattr(self.objective, name, value)
+        return values

@@ -1,0 +1,88 @@
+"""The scripts in examples/ run; those for several processes give the weights of one."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from run_example import EXAMPLES, weights
+from two_processes import in_two_processes
+
+ALONE = {
+    "plain_loop": {"images": 64, "epochs": 1},
+    "schedules": {"images": 64, "epochs": 2},
+    "own_objective": {"images": 64, "epochs": 1},
+    "evaluate_network": {"images": 32},
+    "gan_r1": {"images": 64, "epochs": 1},
+    "timm_transforms": {"images": 64, "epochs": 1},
+}
+FRAMEWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lightning": ("lightning_fit", {}),
+    "accelerate": ("accelerate_loop", {}),
+    "transformers": ("hugging_face", {}),
+    "transformers, accumulation": ("hugging_face", {"gradient_accumulation_steps": 2}),
+}
+"""Needs the package that its name begins with; `make examples` installs them all."""
+NEEDS = {
+    "timm_transforms": ("timm", "torchvision"),
+    "lightning_fit": ("lightning",),
+    "accelerate_loop": ("accelerate",),
+}
+NEEDS["hugging_face"] = ("transformers", "accelerate")
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    missing = [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: make examples")
+
+
+def test_every_example_is_run() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"small_digits"}
+    assert names == {*ALONE, "ddp_torchrun", *(name for name, _ in FRAMEWORKS.values())}
+    assert len(names) >= 10
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in ALONE])
+def test_it_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    assert importlib.import_module(name).main(**ALONE[name]) is not None
+    assert capsys.readouterr().out.count("\n") > 0
+
+
+def of_two(rank: int, store: str) -> torch.Tensor:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    return weights("ddp_torchrun")
+
+
+def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    assert_equal(in_two_processes(of_two, str(tmp_path / "store")), weights("ddp_torchrun"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(script)) for name, (script, _) in FRAMEWORKS.items()])
+def test_two_processes_of_a_framework_equal_one(name: str, tmp_path: Path) -> None:
+    script, options = FRAMEWORKS[name]
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0".split()
+    worker = [str(Path(__file__).with_name("run_example.py")), script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    found = {}
+    for processes, launcher in ((1, []), (2, torchrun)):
+        path = str(tmp_path / f"{processes}.pt")
+        command = [sys.executable, *launcher, *worker, path, json.dumps(options)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[processes] = torch.load(path)
+    assert_equal(found[2], found[1])
+
+
+def assert_equal(two: torch.Tensor, one: torch.Tensor) -> None:
+    """The sums of a batch have another order in two processes: float32 rounding, and some growth over eight steps."""
+    assert (two - one).norm() <= 1e-5 * one.norm()
+    assert not torch.equal(one, torch.zeros_like(one))
