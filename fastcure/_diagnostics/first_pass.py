@@ -23,13 +23,14 @@ _probabilities: WeakSet[nn.Module] = WeakSet()
 _ranges: WeakSet[nn.Module] = WeakSet()
 
 
-def look_before_attack(functional: FunctionalLoss, x: Tensor, *, logits: bool = True) -> None:
+def look_before_attack(functional: FunctionalLoss, x: Tensor, *, logits: bool = True, random: bool = False) -> None:
     """Have the first pass of `functional` examined, once per model, so that the host waits for a GPU once.
 
     Args:
         functional: of the attack; its first call is examined.
         x: images of the attack.
         logits: whether the loss wants logits.
+        random: whether the attack expects a random model.
 
     Warns:
         UserWarning: within that call, if the model returns probabilities, or is random in evaluation mode.
@@ -38,14 +39,16 @@ def look_before_attack(functional: FunctionalLoss, x: Tensor, *, logits: bool = 
         return
 
     def judge(output: Tensor, difference: float) -> None:
-        _attacked.add(functional.model)
         if logits:
             warn_of_probabilities(functional.model, output)
+        if random:
+            return  # nor is it examined for good
+        _attacked.add(functional.model)
         if difference > 1e-3:
             warn(
                 f"the model is random in evaluation mode: logits differ by {difference:.1%} between two passes, so the "
                 "attack follows noise, and the model looks more robust than it is; give F.dropout and the like "
-                "training=self.training, or attack the mean of several passes"
+                "training=self.training, or, if it is meant to be random, attack the mean of 20 passes: eot=20"
             )
 
     _examine(functional, x, judge)

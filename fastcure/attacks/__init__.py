@@ -13,12 +13,33 @@ from fastcure.attacks._spsa import spsa
 
 
 def _fgsm(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float | Tensor, *, generator: torch.Generator | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    *,
+    eot: int = 1,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    return fgsm(model, x, y, eps)  # draws nothing
+    return fgsm(model, x, y, eps, eot=eot)  # draws nothing
 
 
-ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": _fgsm, "pgd": pgd, "spsa": spsa, "autoattack": autoattack}
-"""The attacks of `fastcure evaluate`: each takes a model, images, labels, `eps` (L-infinity) and `generator`."""
+def _spsa(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    *,
+    eot: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    return spsa(model, x, y, eps, generator=generator)  # its estimate is a mean of many passes as it is
 
-__all__ = ["ATTACKS", "DeepFool", "autoattack", "deepfool", "fgsm", "margin_loss", "pgd", "spsa"]
+
+ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": _fgsm, "pgd": pgd, "spsa": _spsa, "autoattack": autoattack}
+"""The attacks of `fastcure evaluate`: each takes a model, images, labels, `eps`, and by name `eot` and `generator`."""
+
+L2_ATTACKS = ("pgd", "autoattack")
+"""Those of them that take `norm="l2"`; the others are of L-infinity."""
+
+__all__ = ["ATTACKS", "L2_ATTACKS", "DeepFool", "autoattack", "deepfool", "fgsm", "margin_loss", "pgd", "spsa"]

@@ -31,6 +31,7 @@ def fgsm(
     bounds: Bounds = (0.0, 1.0),
     loss_fn: LossFn = cross_entropy,
     targeted: bool = False,
+    eot: int = 1,
 ) -> Tensor:
     """One step of `eps` along the sign of the gradient, clipped to `bounds`; costs 2 forward passes.
 
@@ -44,7 +45,7 @@ def fgsm(
         >>> bool((adversarial - x).abs().max() <= 8 / 255 + 1e-6)
         True
     """
-    options: dict[str, Any] = {"bounds": bounds, "loss_fn": loss_fn, "targeted": targeted}
+    options: dict[str, Any] = {"bounds": bounds, "loss_fn": loss_fn, "targeted": targeted, "eot": eot}
     return pgd(model, x, y, eps, step_size=eps, steps=1, random_start=False, **options)
 
 
@@ -64,13 +65,14 @@ def pgd(
     *,
     loss_fn: LossFn = cross_entropy,
     targeted: bool = False,
+    eot: int = 1,
     cuda_graph: bool | None = None,
 ) -> Tensor:
     """Projected gradient ascent of the loss within the eps-ball around `x`.
 
     The model is attacked in evaluation mode, with what `fastcure.prepare` found in it folded; its flags, buffers and
     `.grad`s come back as they were. Only input gradients are computed: `2 steps` forward passes' worth for one start,
-    `2 steps + 1` for each of several. It may be called inside torch.inference_mode, which it leaves.
+    `2 steps + 1` for each of several, times `eot`. It may be called inside torch.inference_mode, which it leaves.
 
     Images outside of `bounds` are an error: on the CPU before the first step; on a GPU after the last one, where the
     host waits for the device in any case. Rounding, 1e-3 of the range or the dtype's epsilon, is allowed.
@@ -91,9 +93,12 @@ def pgd(
         generator: source of the random starts, on any device; torch's default for x's device if None.
         loss_fn: `(logits, y) -> (B,)`, such as `margin_loss`.
         targeted: descend the loss towards the classes `y`; success is to be classified as them.
+        eot: passes whose mean is each gradient, and by whose mean the starts are compared: for a model that is random
+            on purpose, whose gradient in one pass is mostly noise (expectation over transformation, Athalye et al.,
+            ICML 2018). Its random numbers are torch's own, not those of `generator`.
         cuda_graph: on a GPU, capture the step once for each model and shape and replay it, since launches take longer
             than the work. It reserves memory, and Python code of the model runs only once. By default it is done when
-            a call of a kind comes for the third time, if a replayed step equals the eager one.
+            a call of a kind comes for the third time, if a replayed step equals the eager one, and never with `eot`.
 
     Returns:
         `(B, ...)`, detached, in the dtype and memory format of `x`.
@@ -104,7 +109,8 @@ def pgd(
             the model look robust.
 
     Warns:
-        UserWarning: once per model, if it returns probabilities in place of logits, or is random in evaluation mode.
+        UserWarning: once per model, if it returns probabilities in place of logits, or is random in evaluation mode
+            and `eot` is 1.
 
     Examples:
         >>> import torch, fastcure
@@ -121,7 +127,9 @@ def pgd(
     if step_size is None:
         step_size = 2.5 * eps / max(steps, 1)
     check_positive("step_size", step_size, batch=len(x), zero=True)
-    check_counts(steps=steps, restarts=restarts)
+    check_counts(steps=steps, restarts=restarts, eot=eot)
+    if cuda_graph and eot > 1:
+        raise ValueError(f"cuda_graph=True has no eot={eot}: leave one of them out")
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts={restarts} without random_start would repeat one attack: use restarts=1")
     if norm not in ("linf", "l2"):
@@ -135,17 +143,17 @@ def pgd(
     step = -step_size if targeted else step_size
     model = unwrap(model)
     functional = FunctionalLoss(model, loss_fn, trainable=False)
-    look_before_attack(functional, x, logits=takes_logits(loss_fn))
+    look_before_attack(functional, x, logits=takes_logits(loss_fn), random=eot > 1)
     x = x.detach()
 
     def one_step(functional: FunctionalLoss, adv: Tensor, x: Tensor, y: Tensor, step: Any, eps: Any) -> Tensor:
-        return move(adv, attack_gradient(functional, adv, y), x, step, eps, *bounds)
+        return move(adv, attack_gradient(functional, adv, y, eot), x, step, eps, *bounds)
 
     best: _Try | None = None
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with evaluation_mode(model, loss_fn):
         replay = None
-        if cuda_graph is not False:
+        if cuda_graph is not False and eot == 1:
             replay = REPLAYED.of(functional, one_step, (norm, bounds), x, y, step, eps, asked=bool(cuda_graph))
         advance: Callable[[Tensor], Tensor] = replay or partial(one_step, functional, x=x, y=y, step=step, eps=eps)
         with folded_layers(model):
@@ -157,21 +165,28 @@ def pgd(
                 bad |= has_nan(adv)
                 if restarts == 1:
                     break
-                new = _judge(functional, adv, y, targeted)
+                new = _judge(functional, adv, y, targeted, eot)
                 bad |= new.score.isnan()
                 best = new if best is None else _better(best, new)
     check_result(bad, x, bounds)
     return adv if best is None else best.adv
 
 
-def attack_gradient(functional: FunctionalLoss, x: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of the loss at images `x` `(B, ...)`; NaN where the loss is."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        loss = functional(point, y)[1]
-        # What the output lost must not get lost again on the way back: NaN, and a right class of infinite logit.
-        weights = torch.where(loss > -torch.inf, 1.0, torch.nan).to(loss.dtype)
-        return input_gradient(loss, point, weights)
+def attack_gradient(functional: FunctionalLoss, x: Tensor, y: Tensor, eot: int = 1) -> Tensor:
+    """Return the gradient of the loss at images `x` `(B, ...)`, the mean of `eot` passes; NaN where the loss is."""
+    point = x.detach().requires_grad_()
+
+    def gradient() -> Tensor:
+        with torch.enable_grad():
+            loss = functional(point, y)[1]
+            # What the output lost must not get lost again on the way back: NaN, and a right class of infinite logit.
+            weights = torch.where(loss > -torch.inf, 1.0, torch.nan).to(loss.dtype)
+            return input_gradient(loss, point, weights)
+
+    total = gradient()
+    for _ in range(eot - 1):
+        total = total + gradient()
+    return total / eot if eot > 1 else total
 
 
 class _Try(NamedTuple):
@@ -183,8 +198,11 @@ class _Try(NamedTuple):
 
 
 @torch.no_grad()
-def _judge(functional: FunctionalLoss, adv: Tensor, y: Tensor, targeted: bool) -> _Try:
+def _judge(functional: FunctionalLoss, adv: Tensor, y: Tensor, targeted: bool, eot: int) -> _Try:
     logits, loss = functional(adv, y)
+    for _ in range(eot - 1):
+        more = functional(adv, y)
+        logits, loss = logits + more[0], loss + more[1]
     hit = logits.argmax(1) == hard_labels(y)
     return _Try(adv, hit, -loss) if targeted else _Try(adv, ~hit, loss)
 

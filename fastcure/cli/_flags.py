@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any], without: Col
         if (choices := choices_of(hint)) is not None:
             words += f" One of {choices}."
         shown = ",".join(map(_shown, default)) if isinstance(default, tuple) else default
-        if shown is not None:
+        if shown:
             words += f" ({shown})"
         alone = field.metadata["alone"]
         optional: dict[str, Any] = {} if alone is None else {"nargs": "?", "const": alone}

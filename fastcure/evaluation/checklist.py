@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from fastcure._functional import cross_entropy, evaluation_mode, find_logits
 from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import check_batch, check_classes, check_labels, check_pixels, check_positive
-from fastcure.attacks import fgsm, pgd, spsa
+from fastcure.attacks import ATTACKS, fgsm, pgd, spsa
 from fastcure.attacks._arguments import check_numbers
+from fastcure.data import stratified
 from fastcure.evaluation.accuracy import Attack, check_outputs, judge
+from fastcure.evaluation.interval import with_interval
 
 MORE_STEPS, RESTARTS = 5, 3
 """What the stronger PGD has more than the one in question."""
@@ -56,6 +59,8 @@ def masking_checklist(
     steps: int = 10,
     samples: int = 32,
     batch_size: int = 256,
+    eot: int = 1,
+    autoattack_images: int = 0,
     generator: torch.Generator | None = None,
     progress: Callable[[list[Check]], Iterable[Check]] = list,
 ) -> list[Item]:
@@ -77,11 +82,15 @@ def masking_checklist(
         steps: of the PGD in question.
         samples: sign vectors of each of SPSA's 20 estimates.
         batch_size: images at a time.
+        eot: as in `fastcure.attacks.pgd`, for a model that is random on purpose.
+        autoattack_images: AutoAttack is run on a stratified sample of so many of the images, where pyautoattack is
+            installed; its thousands of passes an image take most of the time. Without any, its item is left out.
         generator: source of the random starts and signs.
         progress: wraps the list of checks, to show how far they are.
 
     Returns:
-        Six items, in the order of this file; `verdict` puts them in words.
+        Six items, in the order of this file, or seven with AutoAttack's; `verdict` puts them in words. Accuracies are
+        followed by their 95 % intervals, see `fastcure.evaluation.interval`.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range, or no image is classified rightly.
@@ -104,8 +113,11 @@ def masking_checklist(
     check_pixels(x, option=False)
     check_positive("eps", eps)
     check_positive("margin", margin, zero=True)
+    check_positive("autoattack_images", autoattack_images, zero=True)
     with evaluation_mode(model):
-        exam = _Examination(model, x, y, eps, surrogate, margin, steps, samples, batch_size, generator)
+        exam = _Examination(
+            *(model, x, y, eps, surrogate, margin, steps, samples, batch_size, eot, autoattack_images, generator)
+        )
         checks: list[Check] = [
             exam.more_steps,
             exam.gradient_free,
@@ -113,6 +125,7 @@ def masking_checklist(
             exam.unbounded,
             exam.growing_eps,
             exam.rising_loss,
+            *([exam.autoattack] if autoattack_images else []),
         ]
         return [check() for check in progress(checks)]
 
@@ -147,24 +160,31 @@ class _Examination:
         steps: int,
         samples: int,
         batch_size: int,
+        eot: int,
+        autoattack_images: int,
         generator: torch.Generator | None,
     ) -> None:
         self.model, self.eps, self.surrogate, self.margin = model, eps, surrogate, margin
         self.steps, self.samples, self.batch_size, self.generator = steps, samples, batch_size, generator
-        self.count = len(x)
+        self.eot, self.count = eot, len(x)
+        chosen = torch.zeros(len(x), dtype=torch.bool)
+        if autoattack_images:
+            chosen[stratified(y, autoattack_images, seed=0)] = True
         self.x, self.y = x, y
         right = self._clean()
         if not right.any():
             raise ValueError(f"the model classifies none of the {len(x)} images rightly: there is nothing to attack")
         self.x, self.y = x[right], y[right]
+        self.chosen, self.chosen_count = chosen.to(x.device)[right], int(chosen.sum())
+        """Which of them AutoAttack is run on, and of how many images these are those classified rightly."""
 
     def more_steps(self) -> Item:
         """PGD with more steps and restarts finds little that PGD does not."""
         passed, drop = self._compare(self.weak, self.strong)
         evidence = {"pgd": self._accuracy(self.weak), "stronger_pgd": self._accuracy(self.strong), **drop}
         words = (
-            f"PGD-{self.steps} leaves {evidence['pgd']:.1%}, with PGD-{MORE_STEPS * self.steps} from {RESTARTS} starts "
-            f"added {evidence['stronger_pgd']:.1%} (margin {self.margin:.1%})"
+            f"PGD-{self.steps} leaves {self._shown(self.weak)}, with PGD-{MORE_STEPS * self.steps} from {RESTARTS} "
+            f"starts added {self._shown(self.strong)} (margin {self.margin:.1%})"
         )
         return Item("more steps and restarts change nothing", passed, evidence, words)
 
@@ -185,8 +205,9 @@ class _Examination:
 
     def unbounded(self) -> Item:
         """With the whole box to move in, every image is misclassified."""
-        left = self._accuracy(self._survivors(self._pgd(1.0, MORE_STEPS * self.steps)))
-        return Item("an unbounded attack reaches 0 %", left == 0, {"accuracy": left}, f"eps = 1 leaves {left:.1%}")
+        left = self._survivors(self._pgd(1.0, MORE_STEPS * self.steps))
+        evidence = {"accuracy": self._accuracy(left)}
+        return Item("an unbounded attack reaches 0 %", not left.any(), evidence, f"eps = 1 leaves {self._shown(left)}")
 
     def growing_eps(self) -> Item:
         """A larger ball holds more adversarial images."""
@@ -195,7 +216,7 @@ class _Examination:
         left += [self.weak if eps == self.eps else self._survivors(self._pgd(eps)) for eps in radii[1:]]
         passed = all(self._compare(large, small)[0] for small, large in pairwise(left))
         evidence = {"eps": radii, "accuracy": [self._accuracy(each) for each in left]}
-        words = ", ".join(f"{a:.1%} at {eps:.3g}" for eps, a in zip(radii, evidence["accuracy"], strict=True))
+        words = ", ".join(f"{self._shown(each)} at {eps:.3g}" for eps, each in zip(radii, left, strict=True))
         return Item("accuracy falls as eps grows", passed, evidence, words)
 
     def rising_loss(self) -> Item:
@@ -214,6 +235,31 @@ class _Examination:
         )
         return Item("the loss rises along the attack's path", passed, evidence, words)
 
+    def autoattack(self) -> Item:
+        """AutoAttack, on a sample of the images, is no stronger than PGD."""
+        name = "AutoAttack is no stronger"
+        if find_spec("pyautoattack") is None:
+            return Item(name, None, {}, "the package pyautoattack is not installed: pip install pyautoattack")
+        attack = partial(
+            ATTACKS["autoattack"], eps=self.eps, batch_size=self.batch_size, eot=self.eot, generator=self.generator
+        )
+        of, count = self.chosen, self.chosen_count
+        if not of.any():
+            return Item(name, None, {"images": count}, f"none of {count:,} images is classified rightly without it")
+        left = torch.ones_like(of)
+        left[of] = self._survivors(attack, of)
+        passed, drop = self._compare(self.strong[of], left[of], count)
+        accuracies = {
+            "weaker_pgd": int(self.weak[of].sum()) / count,
+            "pgd": int(self.strong[of].sum()) / count,
+            "autoattack": int(left[of].sum()) / count,
+        }
+        words = (
+            f"AutoAttack leaves {with_interval(accuracies['autoattack'], count)}, PGD "
+            f"{with_interval(accuracies['pgd'], count)} of {count:,} images (margin {self.margin:.1%})"
+        )
+        return Item(name, passed, {"images": count, **accuracies, **drop}, words)
+
     @cached_property
     def weak(self) -> Tensor:
         return self._survivors(self._pgd(self.eps))
@@ -224,12 +270,13 @@ class _Examination:
         return self.weak & self._survivors(stronger)
 
     def _pgd(self, eps: float, steps: int | None = None, restarts: int = 1) -> Attack:
-        return partial(pgd, eps=eps, steps=steps or self.steps, restarts=restarts, generator=self.generator)
+        options: dict[str, Any] = {"eot": self.eot, "generator": self.generator}
+        return partial(pgd, eps=eps, steps=steps or self.steps, restarts=restarts, **options)
 
-    def _survivors(self, attack: Attack) -> Tensor:
-        """Return `(B,)`: which images are still classified rightly under an attack."""
+    def _survivors(self, attack: Attack, of: Tensor | slice = slice(None)) -> Tensor:
+        """Return `(B,)`: which images, all or some `of` them, are still classified rightly under an attack."""
         left = []
-        for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
+        for x, y in zip(self.x[of].split(self.batch_size), self.y[of].split(self.batch_size), strict=True):
             adv = attack(self.model, x, y)
             with torch.no_grad():
                 left.append(judge(find_logits(self.model(adv)), y)[1])
@@ -251,16 +298,22 @@ class _Examination:
     def _accuracy(self, left: Tensor) -> float:
         return int(left.sum()) / self.count
 
-    def _compare(self, left: Tensor, challenger: Tensor) -> tuple[bool, dict[str, float]]:
-        """Whether the attack that leaves `challenger` is no stronger than the one that leaves `left`; the drop."""
-        gained, lost = int((left & ~challenger).sum()), int((challenger & ~left).sum())
-        drop, error = (gained - lost) / self.count, math.sqrt(gained + lost) / self.count
+    def _shown(self, left: Tensor) -> str:
+        return with_interval(self._accuracy(left), self.count)
+
+    def _compare(self, left: Tensor, challenger: Tensor, count: int | None = None) -> tuple[bool, dict[str, float]]:
+        """Whether the attack that leaves `challenger` is no stronger than the one that leaves `left`; the drop.
+
+        It is of `count` images, or all.
+        """
+        gained, lost, count = int((left & ~challenger).sum()), int((challenger & ~left).sum()), count or self.count
+        drop, error = (gained - lost) / count, math.sqrt(gained + lost) / count
         return drop - 2 * error <= self.margin, {"drop": drop, "standard_error": error, "margin": self.margin}
 
     def _outside(self, name: str, key: str, title: str, left: Tensor) -> Item:
         passed, drop = self._compare(self.strong, left)
         evidence = {"pgd": self._accuracy(self.strong), key: self._accuracy(left), **drop}
-        words = f"{title} leaves {evidence[key]:.1%}, PGD {evidence['pgd']:.1%} (margin {self.margin:.1%})"
+        words = f"{title} leaves {self._shown(left)}, PGD {self._shown(self.strong)} (margin {self.margin:.1%})"
         return Item(name, passed, evidence, words)
 
     def _walk(self) -> list[Tensor]:
@@ -272,6 +325,6 @@ class _Examination:
                 with torch.no_grad():  # in float64 the loss of a sure network is not yet 0
                     losses.append(cross_entropy(find_logits(self.model(adv)).double(), y))
                 if step < self.steps:
-                    adv = fgsm(self.model, adv, y, self.eps / self.steps)
+                    adv = fgsm(self.model, adv, y, self.eps / self.steps, eot=self.eot)
             path.append(torch.stack(losses))
         return list(torch.cat(path, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,16 +14,18 @@ from tqdm import tqdm
 from fastcure._environment import environment, pick_device
 from fastcure._extras import need
 from fastcure._inference_mode import outside_inference_mode
-from fastcure.attacks import ATTACKS, deepfool
+from fastcure.attacks import ATTACKS, L2_ATTACKS, deepfool
 from fastcure.data import Dataset, limited, sampled
 from fastcure.evaluation.accuracy import correct
 from fastcure.evaluation.checklist import Check, masking_checklist, verdict
+from fastcure.evaluation.interval import weaker_than_autoattack, wilson, with_interval
 from fastcure.evaluation.network import load_images, load_network
 from fastcure.evaluation.settings import EvaluationSettings, write_results
 from fastcure.training.finetune import silent
 from fastcure.training.ranks import Ranks, Work, join, own_device
 
 Results = dict[str, Any]
+NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
 @outside_inference_mode
@@ -38,7 +40,9 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         say: takes each line of the report.
 
     Returns:
-        `clean`; of each of `settings.attacks`, `{eps: accuracy}`; `deepfool`, `{"mean", "median", "found"}` over the
+        `clean`; of each of `settings.attacks`, `{eps: accuracy}`, and with `settings.eps_l2` also, called `pgd_l2` and
+        `autoattack_l2`, of those that have this norm; `intervals` of all these, with 95 % confidence; `warnings`, where
+        PGD leaves much more than AutoAttack; but for random networks `deepfool`, `{"mean", "median", "found"}` over the
         images classified correctly (L2 lengths, the mean of those found); if asked for `checklist`, its items; and
         `settings`, `images` (how many) of `test_set` (how many), `environment`.
 
@@ -66,20 +70,36 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
         f"{settings.model} from {settings.checkpoint or 'its function'} on {ranks}, seed {settings.seed}"
     )
     measure = _Measure(model, data, ranks, settings)
-    steps, starts = settings.steps, settings.restarts
+    steps, starts, images = settings.steps, settings.restarts, len(data.x_test)
     titles = {"pgd": f"PGD-{steps}" + (f" x {starts}" if starts > 1 else ""), "autoattack": "AutoAttack"}
     options = {"pgd": {"steps": steps, "restarts": starts}, "autoattack": {"batch_size": settings.batch_size}}
 
+    def row(title: str, accuracies: Iterable[float]) -> None:
+        say(f"{title:<16}" + "".join(f" {with_interval(value, images):>20}" for value in accuracies))
+
     results: Results = {"clean": measure.accuracy("clean")}
-    say(f"{'accuracy':<14}" + "".join(f" {f'eps {eps:.3g}':>10}" for eps in settings.eps))
-    say(f"{'clean':<14} {results['clean']:10.1%}")
-    for name in settings.attacks:
-        title, attack = titles.get(name, name.upper()), partial(ATTACKS[name], **options.get(name, {}))
-        found = {eps: measure.accuracy(f"{title} {eps:.3g}", attack, eps) for eps in settings.eps}
-        results[name] = {f"{eps:.6g}": value for eps, value in found.items()}
-        say(f"{title:<14}" + "".join(f" {value:10.1%}" for value in found.values()))
-    results["deepfool"] = measure.distances()
-    say("DeepFool: L2 distance {mean}, median {median}, found for {found}".format(**_shown(results["deepfool"])))
+    say(f"accuracy, in brackets the 95 % interval (Wilson) of {images:,} images:")
+    row("clean", [results["clean"]])
+    for norm, radii in (("linf", settings.eps), ("l2", settings.eps_l2)):
+        names = [name for name in settings.attacks if norm == "linf" or name in L2_ATTACKS]
+        if radii:
+            say(f"{NORMS[norm]:<16}" + "".join(f" {f'eps {eps:.3g}':>20}" for eps in radii))
+        for name in names if radii else ():
+            title = titles.get(name, name.upper())
+            attack = partial(ATTACKS[name], **options.get(name, {}), eot=settings.eot)
+            attack = partial(attack, norm="l2") if norm == "l2" else attack
+            found = [measure.accuracy(f"{title} {NORMS[norm]} {eps:.3g}", attack, eps) for eps in radii]
+            results[name if norm == "linf" else f"{name}_l2"] = {
+                f"{eps:.6g}": value for eps, value in zip(radii, found, strict=True)
+            }
+            row(title, found)
+    results["intervals"] = intervals(results, images)
+    results["warnings"] = weak_attacks(results, titles["pgd"], images)
+    for warning in results["warnings"]:
+        say(f"warning: {warning}")
+    if settings.eot == 1:
+        results["deepfool"] = measure.distances()
+        say("DeepFool: L2 distance {mean}, median {median}, found for {found}".format(**_shown(results["deepfool"])))
     if settings.checklist:
         items = measure.checklist(surrogate)
         results["checklist"] = [item._asdict() for item in items]
@@ -96,6 +116,25 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
         write_results(settings.out, results)
         say(f"results in {settings.out}")
     return results
+
+
+def intervals(results: Results, images: int) -> Results:
+    """Return the 95 % interval of each accuracy in `results`, under the same names."""
+    return {
+        name: intervals(value, images) if isinstance(value, dict) else list(wilson(value, images))
+        for name, value in results.items()
+    }
+
+
+def weak_attacks(results: Results, title: str, images: int) -> list[str]:
+    """Say at which radii PGD, called `title`, leaves much more accuracy than AutoAttack."""
+    found = []
+    for suffix, norm in (("", NORMS["linf"]), ("_l2", NORMS["l2"])):
+        strong = results.get(f"autoattack{suffix}", {})
+        for eps, left in results.get(f"pgd{suffix}", {}).items() if strong else ():
+            words = weaker_than_autoattack(title, left, strong[eps], images)
+            found += [f"{norm}, eps {float(eps):.3g}: {words}"] if words else []
+    return found
 
 
 class _Measure:
@@ -148,6 +187,7 @@ class _Measure:
 
         generator = torch.Generator().manual_seed(self.settings.seed)
         options: dict[str, Any] = {"steps": self.settings.steps, "batch_size": self.settings.batch_size}
+        options |= {"eot": self.settings.eot, "autoattack_images": self.settings.autoattack_images}
         options |= {"generator": generator, "progress": progress}
         return masking_checklist(self.model, x, self.y, self.settings.eps[-1], surrogate=surrogate, **options)
 

@@ -11,12 +11,15 @@ from typing import Annotated, Any, ClassVar, Self
 
 from fastcure._fields import OneOf, check_types, check_whole_numbers
 from fastcure._writing import json_bytes, write_whole
-from fastcure.attacks import ATTACKS
+from fastcure.attacks import ATTACKS, L2_ATTACKS
 from fastcure.data import ADDRESSES, DATASETS
 from fastcure.models import MODELS
 from fastcure.models.loading import FUNCTION
 from fastcure.training.run_folder import read_json
 from fastcure.training.settings import MAX_H, read_settings, refuse_code, setting
+
+EPS_L2 = "L2 radii, in pixels in [0, 1], for the attacks that have this norm."
+AUTOATTACK_IMAGES = "Images that the checklist runs AutoAttack on, where it is installed; 0 leaves it out."
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,29 @@ class EvaluationSettings(Measurement):
     """What is evaluated, and how."""
 
     eps: tuple[float, ...] = setting((2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1].")
+    eps_l2: tuple[float, ...] = setting((), EPS_L2)
     steps: int = setting(10, "Of PGD.")
     restarts: int = setting(1, "Random starts of PGD; the best of each image counts.")
     attacks: tuple[Annotated[str, OneOf(ATTACKS)], ...] = setting(
         ("fgsm", "pgd"), "Attacks, joined by commas; spsa uses no gradients, autoattack is the field's standard (slow)."
     )
+    eot: int = setting(1, "Passes whose mean is a gradient of an attack: 20 of a network that is random on purpose.")
     checklist: bool = setting(False, "Also look for gradient masking, at the last radius, with the surrogate.")
+    autoattack_images: int = setting(100, AUTOATTACK_IMAGES)
 
-    least: ClassVar[dict[str, int]] = {**Measurement.least, "steps": 1, "restarts": 1}
+    least: ClassVar[dict[str, int]] = {
+        **Measurement.least,
+        **{"steps": 1, "restarts": 1, "eot": 1, "autoattack_images": 0},
+    }
 
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
-        check_radii(self.eps)
+        check_radii(self.eps, self.eps_l2)
+        if self.eps_l2 and not set(self.attacks) & set(L2_ATTACKS):
+            raise ValueError(
+                f"eps_l2 needs an attack that has the L2 norm, {' or '.join(L2_ATTACKS)}, got {','.join(self.attacks)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,10 +135,12 @@ class AnalysisSettings(Measurement):
         check_step(self.h)
 
 
-def check_radii(eps: tuple[float, ...]) -> None:
-    """Check L-infinity radii."""
+def check_radii(eps: tuple[float, ...], eps_l2: tuple[float, ...]) -> None:
+    """Check radii, of L-infinity and of L2."""
     if not eps or not all(0 < each <= 1 for each in eps):
         raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(eps)}")
+    if not all(0 < each <= MAX_H for each in eps_l2):
+        raise ValueError(f"eps_l2 must be L2 lengths in (0, {MAX_H:g}], such as 0.5, got {list(eps_l2)}")
 
 
 def check_step(h: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from fastcure.evaluation.settings import Measurement, check_radii, check_step
+from fastcure.evaluation.settings import AUTOATTACK_IMAGES, EPS_L2, Measurement, check_radii, check_step
 from fastcure.training.settings import Settings, read_settings, setting
 
 FIGURES = ("figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds")
@@ -31,9 +31,12 @@ class ReportSettings(Measurement):
     eps: tuple[float, ...] = setting(
         (2 / 255, 4 / 255, 8 / 255, 12 / 255), "L-infinity radii, in pixels in [0, 1]; those of the first run."
     )
+    eps_l2: tuple[float, ...] = setting((0.25, 0.5, 1.0), EPS_L2)
     h: float | None = setting(None, "L2 length of figure 1's finite step; that of the first run at its end, or 1.25.")
+    autoattack_images: int = setting(100, AUTOATTACK_IMAGES)
     out: str | None = setting(None, "Folder of the report, new or empty (report, in the folder of the first run).")
 
+    least: ClassVar[dict[str, int]] = {**Measurement.least, "autoattack_images": 0}
     wanted: ClassVar[str] = "folders of finished runs, or --model and --dataset"
 
     @classmethod
@@ -58,7 +61,7 @@ class ReportSettings(Measurement):
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
-        check_radii(self.eps)
+        check_radii(self.eps, self.eps_l2)
         if self.h is not None:
             check_step(self.h)
 

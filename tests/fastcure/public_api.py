@@ -17,7 +17,8 @@ from typing import Any, get_origin
 FILE = Path(__file__).with_name("public_api.txt")
 PACKAGES = ("fastcure", "fastcure_kernels")
 MODULES = (
-    *("fastcure.evaluation.accuracy", "fastcure.evaluation.checklist", "fastcure.profiling.flops"),
+    *("fastcure.evaluation.accuracy", "fastcure.evaluation.checklist", "fastcure.evaluation.interval"),
+    "fastcure.profiling.flops",
     *("fastcure.profiling.traffic", "fastcure.reference", "fastcure.units"),
 )
 

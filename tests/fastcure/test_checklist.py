@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcure.attacks import pgd
+from fastcure.attacks import ATTACKS, pgd
+from fastcure.evaluation import checklist as checklists
 from fastcure.evaluation.checklist import Item, masking_checklist, verdict
 
-STEPS, SPSA, TRANSFER, UNBOUNDED, EPS, LOSS = range(6)
+STEPS, SPSA, TRANSFER, UNBOUNDED, EPS, LOSS, AUTOATTACK = range(7)
 Curve = Callable[[Tensor], Tensor]
 
 
@@ -119,9 +120,10 @@ def test_an_honest_landscape_passes() -> None:
         "accuracy falls as eps grows",
         "the loss rises along the attack's path",
     ]
-    assert items[STEPS].words.startswith("PGD-10 leaves 0.0%, with PGD-50 from 3 starts added 0.0%")
-    assert items[SPSA].words.startswith("SPSA leaves 0.0%, PGD 0.0%")
-    assert items[TRANSFER].words.startswith("PGD on a surrogate from standard training leaves 0.0%, PGD 0.0%")
+    none = "0.0% [0.0, 3.7]"  # the rule of three: 3 / 100 is where a 95 % interval of one side ends
+    assert items[STEPS].words.startswith(f"PGD-10 leaves {none}, with PGD-50 from 3 starts added {none}")
+    assert items[SPSA].words.startswith(f"SPSA leaves {none}, PGD {none}")
+    assert items[TRANSFER].words.startswith(f"PGD on a surrogate from standard training leaves {none}, PGD {none}")
     assert items[EPS].evidence["accuracy"] == [1, 1, 0, 0, 0, 0]  # it errs from d = 0.05 on, the third radius
     assert items[EPS].evidence["eps"] == pytest.approx([0, 0.025, 0.05, 0.1, 0.2, 0.4])
     walk = torch.linspace(0, 0.1, 11, dtype=torch.float64)
@@ -171,6 +173,28 @@ class Ring(nn.Module):
         height = torch.where((away.detach().abs() > 0.006) & (away.detach().abs() < 0.05), 1.0, -1.0)
         height = height - (away.abs() - away.detach().abs())
         return torch.stack([torch.zeros_like(height), height], 1)
+
+
+def test_autoattack_s_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network errs to the right, where its gradient does not point: PGD fails, and what sees outputs does not."""
+    asked = []
+
+    def elsewhere(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, **_: object) -> Tensor:
+        asked.append(len(x))
+        return x + eps
+
+    monkeypatch.setitem(ATTACKS, "autoattack", elsewhere)
+    x, y = torch.full((100, 1, 1, 1), 0.5), torch.arange(100) % 2  # class 1 is classified wrongly
+    items = masking_checklist(FLAWED["transfer"].model, x, y, 0.1, samples=4, autoattack_images=40, batch_size=15)
+    assert (items[AUTOATTACK].name, items[AUTOATTACK].passed) == ("AutoAttack is no stronger", False)
+    evidence = items[AUTOATTACK].evidence
+    assert (evidence["images"], evidence["pgd"], evidence["autoattack"]) == (40, 0.5, 0.0)
+    assert asked == [15, 5]  # of the 40, those that are classified rightly
+    assert items[AUTOATTACK].words.startswith("AutoAttack leaves 0.0% [0.0, 8.8], PGD 50.0% [35.2, 64.8] of 40 images")
+    monkeypatch.setattr(checklists, "find_spec", lambda _: None)
+    items = masking_checklist(LEFT, x, y, 0.1, samples=4, autoattack_images=40, progress=lambda checks: checks[-1:])
+    assert [item.passed for item in items] == [None]
+    assert "pip install pyautoattack" in items[0].words
 
 
 def test_the_stronger_pgd_keeps_what_the_weaker_one_broke() -> None:

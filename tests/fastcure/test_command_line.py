@@ -70,13 +70,16 @@ OPTIONS = {
     "objective optimizer momentum weight-decay label-smoothing clip ema gamma h h-unit power batch-stats loss-at "
     "fraction engine train-eps steps non-finite eps validation track device amp seed limit out",
     "evaluate": "run model checkpoint surrogate mean std dataset data-dir limit batch-size device seed out eps steps "
-    "restarts attacks",
+    "restarts attacks eps-l2",
     "analyze": "run model checkpoint surrogate mean std dataset data-dir limit batch-size device seed out h probes "
     "extremes",
     "report": "out data-dir device seed limit eps h",
 }
-SHARED = {"report": "model checkpoint surrogate mean std dataset batch-size"}
-"""Further options, whose values are read as those of `evaluate` are."""
+SHARED = {
+    "evaluate": "eot autoattack-images",
+    "report": "model checkpoint surrogate mean std dataset batch-size eps-l2 autoattack-images",
+}
+"""Further options, whose values are read as others are."""
 
 
 class Accepted(BaseException):

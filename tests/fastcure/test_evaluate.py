@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +36,13 @@ number = 3
 
 def broken():
     raise RuntimeError("no such layer")
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * x.new_empty(x.shape).normal_()
+
+def noisy():
+    return nn.Sequential(nn.Flatten(), Noise(), nn.Linear(192, 3))
 
 def small():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
@@ -117,8 +125,11 @@ def test_a_run_is_enough(place: Place, capsys: pytest.CaptureFixture[str]) -> No
     assert {"fastcure", "torch", "device"} <= set(found["environment"])
     assert not {"spsa", "autoattack", "checklist"} & set(found)
     shown = capsys.readouterr().out
-    assert f"clean {found['clean']:19.1%}" in shown
-    for title in ("eps 0.0314", "FGSM", "PGD-10", "DeepFool: L2 distance", "results in"):
+    low, high = binomtest(round(30 * found["clean"]), 30).proportion_ci(0.95, method="wilson")
+    assert found["intervals"]["clean"] == pytest.approx([low, high], abs=1e-12)
+    assert found["intervals"]["pgd"].keys() == found["pgd"].keys()
+    assert f"{found['clean']:.1%} [{100 * low:.1f}, {100 * high:.1f}]" in shown
+    for title in ("of 30 images", "eps 0.0314", "FGSM", "PGD-10", "DeepFool: L2 distance", "results in"):
         assert title in shown
 
 
@@ -149,12 +160,57 @@ def test_all_attacks(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ]
     found = place.results("--run", "run", *flags)
     assert found["autoattack"]["0.0313725"] <= found["pgd"]["0.0313725"] <= found["spsa"]["0.0313725"]
-    assert [item["passed"] is None for item in found["checklist"]] == [False] * 6
+    assert [item["passed"] is None for item in found["checklist"]] == [False] * 7
+    assert found["checklist"][-1]["evidence"]["images"] == 12
+    assert found["checklist"][-1]["evidence"]["autoattack"] == found["autoattack"]["0.0313725"]
     assert found["checklist"][0]["evidence"]["margin"] == 0.02
     shown = capsys.readouterr().out
     assert "fgsm" not in found
     for title in ("PGD-3 x 2", "SPSA", "AutoAttack", "gradient masking: ", "an unbounded attack"):
         assert title in shown
+
+
+def test_l2_radii(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    longest: dict[str, list[float]] = {"linf": [], "l2": []}
+
+    def recorded(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        adv = pgd(model, x, y, **options)
+        longest[options.get("norm", "linf")].append(float((adv - x).flatten(1).norm(dim=1).max()))
+        return adv
+
+    monkeypatch.setitem(ATTACKS, "pgd", recorded)
+    found = place.results("--run", "run", "--eps", "0.1", "--steps", "4", "--eps-l2", "0.05,0.5", "--limit", "12")
+    assert list(found["pgd_l2"]) == list(found["intervals"]["pgd_l2"]) == ["0.05", "0.5"]
+    assert found["pgd_l2"]["0.5"] <= found["pgd_l2"]["0.05"] <= found["clean"]
+    assert longest["l2"] == pytest.approx([0.05, 0.5], rel=1e-5)
+    assert longest["linf"][0] > 0.5  # 0.1 in each of 192 numbers
+    assert not any(name.startswith("fgsm_l2") for name in found)
+    assert "L2 " in capsys.readouterr().out
+
+
+def test_pgd_far_above_autoattack_is_warned_of(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def strong(model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
+        wrong = [place.x[(place.model(place.x).argmax(1) != label).nonzero()[0, 0]] for label in y]
+        return torch.stack(wrong)
+
+    monkeypatch.setitem(ATTACKS, "autoattack", strong)
+    found = place.results("--run", "run", "--eps", "1/255", "--attacks", "pgd,autoattack", "--steps", "1")
+    assert found["autoattack"] == {"0.00392157": 0.0}
+    (warning,) = found["warnings"]
+    assert (
+        f"PGD-1 leaves {found['pgd']['0.00392157']:.1%}, AutoAttack 0.0% [0.0, 11.4] of the same 30 images" in warning
+    )
+    assert f"warning: {warning}" in capsys.readouterr().out
+
+
+def test_a_network_that_is_random_on_purpose(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--model outside_networks:noisy --dataset npz:data.npz --eps 0.02 --limit 6 --eot 3".split()
+    found = place.results(*flags, "--steps", "2")
+    assert found["settings"]["eot"] == 3
+    assert "deepfool" not in found  # of a random network there is no boundary
+    assert "DeepFool" not in capsys.readouterr().out
 
 
 def test_a_seed_repeats_and_another_differs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +433,7 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for flag in (
-        "--run --model --checkpoint --mean --std --dataset --data-dir --eps --steps --restarts --attacks "
-        "--checklist --surrogate --limit --batch-size --device --seed --out"
+        "--run --model --checkpoint --mean --std --dataset --data-dir --eps --eps-l2 --steps --restarts --attacks "
+        "--eot --checklist --surrogate --limit --batch-size --device --seed --out"
     ).split():
         assert flag in shown
