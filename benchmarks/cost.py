@@ -43,15 +43,15 @@ def kernels_that_only_count() -> Iterator[None]:
         yield
 
 
-def megabytes(step: Step, model: nn.Module) -> float:
+def megabytes(step: Step, model: nn.Module, side: int = 8) -> float:
     """Count the traffic of one image of 32 x 32 pixels: 16 times that of 8 x 8, which is sooner counted."""
     totals = []
     for batch in (8, 16):  # a quarter is then two images or more, as batch norms in training mode want
-        x, y = torch.rand(batch, 3, 8, 8, device=DEVICE), torch.arange(batch, device=DEVICE) % 10
+        x, y = torch.rand(batch, 3, side, side, device=DEVICE), torch.arange(batch, device=DEVICE) % 10
         with kernels_that_only_count(), TrafficCounter() as counter:
             step(model, x, y)
         totals.append(counter.total)
-    return 16 * (totals[1] - totals[0]) / 8 / 1e6
+    return (32 // side) ** 2 * (totals[1] - totals[0]) / 8 / 1e6
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fastcure._torch_compat import in_forward_mode, in_functorch_transform, set_thread_local, thread_local
-from fastcure.rules import attention, batch_norm, convolution, hard_activations, relu, row_norms
+from fastcure.rules import attention, batch_norm, convolution, gelu, hard_activations, relu, row_norms
 
 Rule = Callable[..., Any]
 """Takes the operator's arguments; returns what it returns, or NotImplemented for torch's own."""
 
-FILES = (attention, batch_norm, convolution, hard_activations, relu, row_norms)
+FILES = (attention, batch_norm, convolution, gelu, hard_activations, relu, row_norms)
 RULES: dict[str, Rule] = {operator: rule for file in FILES for operator, rule in file.RULES.items()}
 KEYS = ("AutogradCPU", "AutogradCUDA") if torch.backends.cuda.is_built() else ("AutogradCPU",)
 
@@ -40,7 +40,7 @@ def double_backward() -> Iterator[None]:
     | `conv1d..3d`, `conv_transpose1d..3d` | no convolution with a kernel as large as the image |
     | `batch_norm`, `instance_norm` | fewer passes; right for one image in channels_last, where torch's are wrong |
     | `layer_norm`, `group_norm` | fewer passes; right at third order, where torch's are wrong |
-    | `relu` on a GPU | no passes over zeros |
+    | `relu`, `gelu` on a GPU | no passes over zeros; one kernel |
     | `hardsigmoid`, `hardswish` | a second derivative, where torch has none |
     | `scaled_dot_product_attention` | the kernel that has a second derivative |
 

@@ -19,6 +19,8 @@ import math
 from typing import Any
 
 import torch
+from fastcure_kernels import row_norm
+from fastcure_kernels.backend import use_triton
 from torch import Tensor
 
 from fastcure.rules.passes import refuse_batched, save, saved
@@ -85,7 +87,8 @@ class _InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, x: Tensor, m: Tensor, r: Tensor, eps: float) -> Tensor:
         q = _map(w, x, m, r)
-        save(ctx, w, x, m, r, q)
+        ctx.kernel = use_triton(x) and x.shape[1] <= row_norm.LONGEST  # which computes q again, for nothing
+        save(ctx, w, x, m, r, None if ctx.kernel else q)
         ctx.eps = eps
         return q
 
@@ -102,10 +105,11 @@ class _InputGradient(torch.autograd.Function):
             (again,) = torch.autograd.grad(xh, x, w, create_graph=True)
             found = iter(torch.autograd.grad(again, inputs, v, create_graph=True))
             return *(next(found) if want else None for want in ctx.needs_input_grad[:2]), None, None, None
-        u = _map(v, x, m, r)
         if not ctx.needs_input_grad[1]:
-            return u, None, None, None, None
-        n = x.shape[1]
+            return _map(v, x, m, r), None, None, None, None
+        if ctx.kernel:
+            return *row_norm.double_backward(v, w, x, m, r), None, None, None
+        u, n = _map(v, x, m, r), x.shape[1]
         xh = (x - m) * r
         sum_w_xh, sum_v_xh = ((t * xh).sum(1, keepdim=True) for t in (w, v))
         e = r * ((v * w).sum(1, keepdim=True) - v.sum(1, keepdim=True) * w.sum(1, keepdim=True) / n)

@@ -5,9 +5,11 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from fastcure_kernels.jit import Kernel
 from networks import relative
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -56,6 +58,8 @@ OPERATORS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
     "group_norm": (lambda x, w, b: F.group_norm(x, 2, w, b), [(2, 4, 3), (4,), (4,)]),
     "group_norm-alone": (lambda x: F.group_norm(x, 1), [(2, 4, 2, 2)]),
     "instance_norm": (lambda x, w, b: F.instance_norm(x, None, None, w, b), [(2, 3, 5), (3,), (3,)]),
+    "gelu": (F.gelu, [(2, 7)]),
+    "gelu-tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 5)]),
     "hardsigmoid": (lambda x: F.hardsigmoid(3 * x), [(2, 7)]),
     "hardswish": (lambda x: F.hardswish(3 * x), [(2, 7)]),
     "hardswish_": (lambda x: F.hardswish(3 * x, inplace=True), [(2, 7)]),
@@ -105,6 +109,21 @@ def test_second_derivatives_by_finite_differences(name: str) -> None:
 @every_operator
 def test_third_derivatives_by_finite_differences(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *inputs: gradients(ours(name), *inputs), inputs_of(name))
+
+
+ROW_NORMS = ("layer_norm", "layer_norm-alone", "group_norm", "group_norm-alone")
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu-tanh", *ROW_NORMS])
+def test_second_and_third_derivatives_where_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(name)
+    truth = [gradients(OPERATORS[name][0], *inputs)]
+    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
+    with mock.patch.object(Kernel, "launch", autospec=True, side_effect=Kernel.launch) as launch:
+        assert relative(gradients(ours(name), *inputs), truth[0]) < 1e-13
+        assert torch.autograd.gradgradcheck(ours(name), inputs, fast_mode=True)
+        assert launch.called
+    assert torch.autograd.gradgradcheck(lambda *inputs: gradients(ours(name), *inputs), inputs, fast_mode=True)
 
 
 RELUS: dict[str, Callable[[Tensor], Tensor]] = {
