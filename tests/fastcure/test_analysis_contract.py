@@ -268,3 +268,20 @@ def test_bad_input_is_one_clear_error(
 ) -> None:
     with pytest.raises(error, match=message):
         measure(**call)
+
+
+@but("margins")  # they have no loss
+def test_a_loss_that_is_a_module_is_measured_in_evaluation_mode(measure: Measure) -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes = set[bool]()
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            self.modes.add(self.training)
+            return F.cross_entropy(logits, y, reduction="none")
+
+    case, loss_fn = make(NETWORKS["mlp-softplus"], 3, seed=0), Loss()
+    measure(case.model, case.x, case.y, loss_fn=loss_fn)
+    assert loss_fn.modes == {False}
+    assert loss_fn.training

@@ -206,3 +206,15 @@ def test_a_start_that_is_an_eigenvector_does_not_end_the_search() -> None:
     for start in (torch.eye(60).double()[30], torch.zeros(60).double()):
         found = extremes(lambda v: v @ A, start[None, None], low=0, high=1, block=2, tolerance=1e-8)
         torch.testing.assert_close(found.values[0, -1], spectrum[-1])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_lanczos_is_uncertain_relative_to_the_largest_eigenvalue(scale: float) -> None:
+    made = quadratic(torch.linspace(-0.5, 1, 200))
+
+    def rounded(v: Tensor) -> Tensor:
+        return scale * (v @ made.A + 0.01 * F.normalize(torch.randn_like(v), dim=2))
+
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match=r"uncertain by up to \de-02 of the largest"):
+        extremes(rounded, made.b[None, None], low=1, high=1, block=2, tolerance=1e-7)

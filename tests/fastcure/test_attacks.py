@@ -1,5 +1,7 @@
 """Attacks: against plain loops, inside their ball and box, and leaving the model alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from networks import NETWORKS, Case, make
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure._functional import LossFn, cross_entropy
-from fastcure.attacks import fgsm, margin_loss, pgd
+from fastcure.attacks import ATTACKS, fgsm, margin_loss, pgd, spsa
 from fastcure.evaluation.accuracy import accuracy
 
 
@@ -294,3 +296,16 @@ def test_accuracy_gives_each_batch_a_generator_that_follows_the_seed() -> None:
 
     assert len(set(seeds(1) + seeds(2))) == 6
     assert seeds(1) == seeds(1)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "spsa"])
+def test_the_attacks_by_name_are_the_functions(case: Case, name: str) -> None:
+    function = {"fgsm": fgsm, "pgd": pgd, "spsa": spsa}[name]
+
+    def seeded(**options: Any) -> dict[str, Any]:
+        return options | ({} if name == "fgsm" else {"generator": torch.Generator().manual_seed(3)})
+
+    x, y, generator = case.x[:2], case.y[:2], torch.Generator().manual_seed(3)
+    expected = function(case.model, x, y, 0.05, **seeded())
+    assert torch.equal(ATTACKS[name](case.model, x, y, 0.05, eot=1, generator=generator), expected)
+    assert not torch.equal(expected, x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE, curvature
-from fastcure._functional import cross_entropy
+from fastcure._functional import FunctionalLoss, cross_entropy, input_gradient
 from fastcure.profiling.flops import FlopCounter
 
 ENGINES = ["eager", "reference"]
@@ -403,3 +403,23 @@ def test_sharded_parameters_are_refused() -> None:
     model.weight.full_tensor = lambda: model.weight  # as a DTensor has it
     with pytest.raises(TypeError, match=r"model must not have sharded parameters .*fully_shard\(CURE\(model\)\)"):
         curvature(model, torch.rand(2, 3), torch.tensor([0, 1]))
+
+
+def test_a_direction_of_another_shape_is_refused() -> None:
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    with pytest.raises(ValueError, match=r"direction must have the shape of x \(4, .*\), got \(3, "):
+        curvature(*case, direction=case.x[:3])
+
+
+def test_a_loss_in_another_dtype_keeps_whole_numbers_whole() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.BatchNorm1d(3))
+    wide = FunctionalLoss(model).to(torch.float64)
+    kinds = {name: tensor.dtype for name, tensor in wide.state.items()}
+    assert kinds.pop("model.2.num_batches_tracked") == torch.int64
+    assert set(kinds.values()) == {torch.float64}
+
+
+def test_a_loss_of_weights_alone_has_no_input_gradient() -> None:
+    x, weight = torch.rand(3, 2, requires_grad=True), torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradient with respect to the images"):
+        input_gradient(weight.square(), x)

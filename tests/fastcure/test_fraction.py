@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, CUREOutput, curvature, prepare
+from fastcure._batch import plan
 from fastcure.engines import ENGINES
 from fastcure.engines.compile import Compile
 
@@ -282,3 +283,8 @@ def test_samples_without_a_penalty_take_folded_layers_and_fast_attention() -> No
         with Called() as called:
             CURE(attention.model, fraction=fraction)(attention.x, attention.y).total.backward()
         assert ("_scaled_dot_product_flash_attention_for_cpu" in called.names) == (fraction < 1)
+
+
+def test_a_plan_without_losses_holds_what_has_a_penalty_alone() -> None:
+    found = [(part.samples, part.penalised) for part in plan(8, 5, 2, losses=False)]
+    assert found == [(slice(0, 2), True), (slice(2, 4), True), (slice(4, 5), True)]

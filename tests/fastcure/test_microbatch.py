@@ -124,3 +124,10 @@ def test_parameters_that_share_one_gradient() -> None:
             CURE(case.model, gamma=gamma, microbatch=microbatch)(case.x, case.y).total.backward()
             found.append([p.grad for p in case.model.parameters()])
         assert relative(*found) < 1e-12
+
+
+def test_a_part_that_is_the_whole_batch_is_the_whole_batch() -> None:
+    """Loss and penalty keep their graph, as without `microbatch`."""
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    assert CURE(case.model, microbatch=4)(case.x, case.y).penalty.requires_grad
+    assert not CURE(case.model, microbatch=3)(case.x, case.y).penalty.requires_grad

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from fastcure import CURE, CUREOutput
+from fastcure._functional import cross_entropy as functional_cross_entropy
 from fastcure.models import resnet8
 from fastcure.objectives import (
     FGSM,
@@ -26,6 +27,7 @@ from fastcure.objectives import (
     SmoothedCrossEntropy,
     Standard,
 )
+from fastcure.objectives.standard import smoothed
 from fastcure.profiling.flops import FlopCounter
 from fastcure.training.objective import OPTIONS, SCHEDULES
 
@@ -203,6 +205,11 @@ def test_a_step_that_is_not_a_number_stays_one() -> None:
     x[0, 0, 0, 0] = torch.nan
     for name in OBJECTIVES:
         assert make(name, network())(x, y).total.isnan(), name
+
+
+def test_no_smoothing_is_plain_cross_entropy() -> None:
+    assert smoothed(0.0) is functional_cross_entropy
+    assert isinstance(smoothed(0.1), SmoothedCrossEntropy)
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fastcure import CURE, attacks, curvature, explain, prepare
+from fastcure import CURE, attacks, curvature, double_backward, explain, prepare
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm, robustness_bounds
 from fastcure.engines import ENGINES
 from fastcure.engines.compile import Compile
@@ -180,6 +180,33 @@ class OpaqueSum(Square):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return 2 * g[:, None].detach() * ctx.saved_tensors[0].detach()
+
+
+class LeadByNumber(Square):
+    """Its first argument is no tensor, and its backward has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: float, t: Tensor) -> Tensor:
+        ctx.save_for_backward(t)
+        return t * t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        return None, (2 * g * ctx.saved_tensors[0]).detach()
+
+
+def test_a_gradient_that_is_none_hides_no_other() -> None:
+    model = network(nn.Conv2d(1, 2, 3), Lambda(lambda t: LeadByNumber.apply(2.0, t)))
+    check_refused(model, "LeadByNumberBackward has no second derivative")
+
+
+@pytest.mark.parametrize("function", [F.hardsigmoid, F.hardswish])
+def test_the_slope_at_a_kink_is_torchs(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor([-3.0, 3.0], dtype=torch.float64, requires_grad=True)
+    (theirs,) = torch.autograd.grad(function(x).sum(), x)
+    with double_backward():
+        (ours,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("function", [OnceSquare, OpaqueSquare])
