@@ -30,7 +30,7 @@ from fastcure.evaluation.checklist import masking_checklist
 from fastcure.profiling.flops import FlopCounter
 from fastcure.training.epoch import train_steps
 from fastcure.training.optimizer import make_optimizer
-from fastcure.training.ranks import Ranks
+from fastcure.training.ranks import Ranks, Share
 from fastcure.training.tally import Tally
 
 Columns = dict[str, Any]
@@ -165,9 +165,10 @@ class Run:
             "penalties": " ".join(f"{value:.4g}" for value in penalties),
         }
 
-    def _batches(self, loader: Loader, epoch: int) -> Iterator[tuple[int, float, tuple[Tensor, Tensor]]]:
+    def _batches(self, loader: Loader, epoch: int) -> Iterator[tuple[int, float, Share]]:
         for index, (x, y) in enumerate(loader):
-            yield index, epoch + index / len(loader), (x.contiguous(memory_format=torch.channels_last), y)
+            x = x.contiguous(memory_format=torch.channels_last)
+            yield index, epoch + index / len(loader), Ranks(self.device).share(x, y)
 
     def cost(self, model: nn.Module) -> float:
         """Count the forward passes that a sample's training takes."""

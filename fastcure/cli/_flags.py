@@ -30,6 +30,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any], without: Col
         shown = ",".join(map(_shown, default)) if isinstance(default, tuple) else default
         if shown:
             words += f" ({shown})"
+        if field.metadata["repeat"]:
+            parser.add_argument(flag, action="append", metavar=name.upper(), help=words.replace("%", "%%"))
+            continue
         alone = field.metadata["alone"]
         optional: dict[str, Any] = {} if alone is None else {"nargs": "?", "const": alone}
         parser.add_argument(

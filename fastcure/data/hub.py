@@ -1,28 +1,26 @@
 """Image classification sets of the Hugging Face hub, or of a local folder in one of its layouts."""
 
-import os
-import warnings
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastcure._extras import extra
-from fastcure.data.dataset import Dataset, checked
-from fastcure.data.files import MAX_BYTES, expansion_limit, reading
+from fastcure.data.dataset import Dataset, Reading, checked
+from fastcure.data.files import MAX_BYTES, reading
+from fastcure.data.pictures import GREY, check_mode, header, pixels
 
-GREY = ("1", "L", "LA")
-COLOUR = ("RGB", "RGBA", "P", "CMYK", "YCbCr")  # the rest has more than 8 bits, which Pillow would clip
 LABELS = ("label", "labels")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # not EPS, which Pillow has a program run
 
 
-def read(address: str) -> Dataset:
+def read(address: str, how: Reading) -> Dataset:
     """Read the train split, and the test (or else the validation) split, through the ``datasets`` library.
 
     The images are the column of type Image; the labels the ClassLabel column, or an integer column called
-    label or labels. Images come out grey if all are, else as RGB, and must have one size.
+    label or labels. Images come out grey if all are, else as RGB, and must have one size if ``how`` gives them none.
+    Where nothing trains, a test split will do.
     """
     extra("PIL", "to read hf: datasets")  # which the library needs for images without saying so
     library = extra("datasets", "to read hf: datasets")
@@ -30,16 +28,19 @@ def read(address: str) -> Dataset:
     with reading(name):
         splits = _load(library, address)
         test = next((split for split in ("test", "validation") if split in splits), None)
-        if "train" not in splits or test is None:
+        trains = how.train or "train" in splits
+        if (trains and "train" not in splits) or test is None:
             raise ValueError(f"needs the splits train and test (or validation), has {', '.join(splits)}")
-        image, label, classes = _columns(splits["train"].features, library)
+        used = [splits["train"], splits[test]] if trains else [splits[test]]
+        image, label, classes = _columns(used[0].features, library)
         images, labels = [], []
-        for split in (splits["train"], splits[test]):
-            images.append(_images(split.select_columns(image), image, library))
+        for split in used:
+            images.append(_images(split.select_columns(image), image, library, how.image_size))
             labels.append(np.array(split[label][:]))
-        channels = max(x.shape[0] for split in images for x in split)
-        x_train, x_test = (_stack(split, channels) for split in images)
-    return checked(name, (x_train, labels[0]), (x_test, labels[1]), classes)
+        channels = how.channels or max(x.shape[0] for split in images for x in split)
+        parts = [(_stack(split, channels), y) for split, y in zip(images, labels, strict=True)]
+    train, test_part = (parts[0], parts[1]) if trains else (None, parts[0])
+    return checked(name, train, test_part, len(classes) if classes else None, classes or ())
 
 
 def _load(library: Any, address: str) -> Any:
@@ -49,39 +50,38 @@ def _load(library: Any, address: str) -> Any:
         raise error.__cause__ or error from None
 
 
-def _columns(features: Any, library: Any) -> tuple[str, str, int | None]:
-    """The image column, the label column, and the number of classes where the set declares it."""
+def _columns(features: Any, library: Any) -> tuple[str, str, list[str] | None]:
+    """The image column, the label column, and the names of the classes where the set declares them."""
     images = [column for column, kind in features.items() if isinstance(kind, library.Image)]
     declared = [column for column, kind in features.items() if isinstance(kind, library.ClassLabel)]
     whole = [c for c in LABELS if "int" in getattr(features.get(c), "dtype", "")]
     labels = [column for column in declared if len(declared) == 1 or column in LABELS] or whole
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(f"needs one Image column and one label column, has {dict(features)}")
-    return images[0], labels[0], getattr(features[labels[0]], "num_classes", None)
+    return images[0], labels[0], getattr(features[labels[0]], "names", None)
 
 
-def _images(split: Any, column: str, library: Any) -> list[NDArray[np.uint8]]:
+def _images(split: Any, column: str, library: Any, image_size: int | None) -> list[NDArray[np.uint8]]:
     """Arrays (1, H, W) or (3, H, W), all of one size."""
     arrays: list[NDArray[np.uint8]] = []
     decoded = library.Image(mode=split.features[column].mode)
     first = None
     for row in split.cast_column(column, library.Image(decode=False)):
+        which = f"image {len(arrays)}"
         if row[column] is None:
-            raise ValueError(f"image {len(arrays)} must have 8 bits a channel, got none")
-        _check_size(row[column], f"image {len(arrays)}", len(split))
+            raise ValueError(f"{which} must have 8 bits a channel, got none")
+        _check_size(row[column], which, len(split), image_size)
         image = decoded.decode_example(row[column])
-        if image.mode not in GREY + COLOUR:
-            raise ValueError(f"image {len(arrays)} must have 8 bits a channel, got Pillow mode {image.mode}")
+        check_mode(image.mode, which)
         first = first or image.size
-        if image.size != first:
+        if image.size != first and image_size is None:
             sizes = "{}x{} and {}x{}".format(*first, *image.size)
-            raise ValueError(f"images must have one size, got {sizes}; resize them first")
-        pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
-        arrays.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+            raise ValueError(f"images must have one size, got {sizes}: give --image-size N (image_size=N)")
+        arrays.append(pixels(image, 1 if image.mode in GREY else 3, image_size))
     return arrays
 
 
-def _check_size(file: dict[str, Any], which: str, count: int) -> None:
+def _check_size(file: dict[str, Any], which: str, count: int, image_size: int | None = None) -> None:
     """Look at the header of an image file before anything is decoded.
 
     Raises:
@@ -90,17 +90,14 @@ def _check_size(file: dict[str, Any], which: str, count: int) -> None:
     content, path = file["bytes"], file["path"]
     if content is None and "://" in (path or ""):
         raise ValueError(f"{which} is at the address {path}, which is not followed: save the images themselves")
-    pillow = extra("PIL.Image", "to read hf: datasets")
-    source, size = (path, os.path.getsize(path)) if content is None else (BytesIO(content), len(content))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pillow.DecompressionBombWarning)
-        with pillow.open(source, formats=FORMATS) as image:
-            width, height = image.size
-            values = width * height * len(image.getbands())
-    if values > expansion_limit(size):
-        raise ValueError(f"{which} announces {width}x{height} pixels in a file of {size:,} bytes: refused")
-    if values * count > MAX_BYTES:
-        raise ValueError(f"{count} images of {width}x{height} pixels exceed {MAX_BYTES:,} bytes of memory")
+    width, height, mode = header(Path(path) if content is None else BytesIO(content), which)
+    if image_size is not None:
+        width = height = image_size
+    if width * height * (1 if mode in GREY else 3) * count > MAX_BYTES:
+        raise ValueError(
+            f"{count} images of {width}x{height} pixels exceed {MAX_BYTES:,} bytes of memory: give a smaller "
+            "--image-size, or save them as a folder of images (folder:PATH), which is read bit by bit"
+        )
 
 
 def _stack(images: list[NDArray[np.uint8]], channels: int) -> NDArray[np.uint8]:

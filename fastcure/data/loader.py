@@ -1,4 +1,4 @@
-"""Training batches from images that live on the device as bytes, and are augmented there."""
+"""Training batches from images that live on the device as bytes, or are streamed to it, and are augmented there."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,6 +6,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastcure.data.image_files import Images
+from fastcure.data.stream import Stream
+
+RESIDENT = 0.5
+"""Share of a GPU's free memory that images may take."""
 
 
 class Augment(NamedTuple):
@@ -40,11 +46,11 @@ class Loader:
     """Iterate over batches ``(x, y)``: float32 (B, C, H, W) in [0, 1], and int64 (B,), on the device.
 
     All that is random in an epoch (order, shifts, flips) is drawn on the CPU when its iteration starts:
-    seeded epochs are the same on every device, and the generator's state taken between two epochs is all
-    that it takes to resume there.
+    seeded epochs are the same on every device, streamed or not, and the generator's state taken between two
+    epochs is all that it takes to resume there.
 
     Args:
-        x: uint8 (N, C, H, W).
+        x: uint8 (N, C, H, W), or the ``ImageFiles`` of a folder.
         y: int64 (N,).
         batch_size: B; the last batch may be smaller.
         device: where the images live, and the batches come out.
@@ -52,6 +58,10 @@ class Loader:
         augment: random changes, drawn anew each epoch.
         generator: on the CPU; left out, torch's own.
         drop_last: leave out a last batch that is smaller.
+        stream: read images batch by batch with torch's DataLoader; by default those in files, and those that would
+            take more than half of a GPU's free memory.
+        workers: processes of a stream, which read ahead; 0 for none. One a CPU, and 8 at most, by default.
+        share: (r, n): of each batch, yield every n-th image from the r-th on; the first where there is none.
 
     Raises:
         ValueError: a shape, type or size does not fit.
@@ -67,7 +77,7 @@ class Loader:
 
     def __init__(
         self,
-        x: Tensor,
+        x: Images,
         y: Tensor,
         batch_size: int,
         *,
@@ -76,8 +86,11 @@ class Loader:
         augment: Augment | None = None,
         generator: torch.Generator | None = None,
         drop_last: bool = False,
+        stream: bool | None = None,
+        workers: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        if x.dtype != torch.uint8 or x.ndim != 4:
+        if isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.ndim != 4):
             raise ValueError(f"x must be uint8 (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
         if y.dtype != torch.int64 or y.shape != x.shape[:1]:
             raise ValueError(f"y must be int64 ({len(x)},), got {y.dtype} {tuple(y.shape)}")
@@ -89,26 +102,52 @@ class Loader:
         pad, (H, W) = self.augment.pad, x.shape[2:]
         if not 0 <= pad < min(H, W):
             raise ValueError(f"augment.pad must lie in 0..{min(H, W) - 1} for {H} x {W} images, got {pad}")
-        padded = F.pad(x.to(device), (pad,) * 4) if pad else x.to(device)
-        # A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every shift of every image: one gather crops a batch.
-        self.windows = padded.unfold(2, H, 1).unfold(3, W, 1)
+        self.device = torch.device(device)
+        self.stream: Stream | None = None
+        if stream or not isinstance(x, Tensor) or (stream is None and not _fits(x, pad, self.device)):
+            self.stream = Stream(x, self.device, workers)
+        else:
+            self.windows = self._windows(x.to(device))
         self.y = y.to(device)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.generator = generator
         self.drop_last = drop_last
+        self.share = share
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.y), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch from its batch ``start`` on; those before are drawn, but not read."""
         N, B = len(self.y), self.batch_size
         order = torch.randperm(N, generator=self.generator) if self.shuffle else torch.arange(N)
         shifts = 2 * self.augment.pad + 1
-        columns = [order, self._draw(shifts), self._draw(shifts), self._draw(1 + self.augment.flip)]
-        plan = torch.stack(columns).to(self.y.device)
-        return (self._batch(*plan[:, B * i : B * (i + 1)]) for i in range(len(self)))
+        plan = torch.stack([order, self._draw(shifts), self._draw(shifts), self._draw(1 + self.augment.flip)])
+        plan = plan if self.stream is not None else plan.to(self.device)
+        parts = [self._shared(plan[:, B * i : B * (i + 1)]) for i in range(start, len(self))]
+        if self.stream is not None:
+            return self._streamed(self.stream, parts)
+        return (self._batch(self.windows, part[0], part) for part in parts)
+
+    def _streamed(self, stream: Stream, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        read = stream.batches([part[0] for part in parts])
+        for part, images in zip(parts, read, strict=True):
+            places = torch.arange(len(images), device=self.device)
+            yield self._batch(self._windows(images), places, part.to(self.device, non_blocking=True))
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every shift of every image: one gather crops a batch."""
+        pad, (H, W) = self.augment.pad, x.shape[2:]
+        return (F.pad(x, (pad,) * 4) if pad else x).unfold(2, H, 1).unfold(3, W, 1)
+
+    def _shared(self, part: Tensor) -> Tensor:
+        first, step = self.share
+        return part[:, first::step] if part.shape[1] > first else part[:, :1]
 
     def _draw(self, choices: int) -> Tensor:
         """A number below ``choices`` for each image; without a choice, the generator stays as it is."""
@@ -117,8 +156,19 @@ class Loader:
             return torch.zeros(N, dtype=torch.int64)
         return torch.randint(choices, (N,), generator=self.generator)
 
-    def _batch(self, index: Tensor, down: Tensor, right: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.windows[index, :, down, right]
+    def _batch(self, windows: Tensor, places: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Crop and mirror the images at `places` of the windows; a column of `part` says how, and which image it is."""
+        index, down, right, mirror = part
+        x = windows[places, :, down, right]
         if self.augment.flip:
             x = torch.where(mirror.bool()[:, None, None, None], x.flip(3), x)
         return x.float() / 255, self.y[index]
+
+
+def _fits(x: Tensor, pad: int, device: torch.device) -> bool:
+    """Tell whether images fit into the memory of a device; the CPU has them already."""
+    if device.type != "cuda":
+        return True
+    N, C, H, W = x.shape
+    free, _ = torch.cuda.mem_get_info(device)
+    return N * C * (H + 2 * pad) * (W + 2 * pad) <= RESIDENT * free

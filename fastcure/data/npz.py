@@ -9,23 +9,30 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fastcure.data.dataset import Dataset, checked
+from fastcure.data.dataset import Dataset, Reading, checked
 from fastcure.data.files import expansion_limit, read_exactly, reading
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 CHANNELS = (1, 3, 4)
 
 
-def read(address: str) -> Dataset:
-    """Read ``x_train, y_train, x_test, y_test`` of a ``.npz`` file; classes are 0..max(y_train)."""
+def read(address: str, how: Reading) -> Dataset:
+    """Read ``x_train, y_train, x_test, y_test`` of a ``.npz`` file; classes are 0..max(y_train).
+
+    Where nothing trains, ``x_test`` and ``y_test`` will do; classes are then 0..max(y_test).
+    """
     path = Path(address)
     if not path.is_file():
         mend = f"write it with numpy.savez_compressed(path, {', '.join(f'{a}=...' for a in ARRAYS)})"
         raise FileNotFoundError(f"{path} not found; {mend}")
     with reading(path), zipfile.ZipFile(path) as archive:
-        x_train, y_train, x_test, y_test = (_read_array(archive, name) for name in ARRAYS)
-        x_train, x_test = _nchw(x_train), _nchw(x_test)
-    return checked(f"npz:{address}", (x_train, y_train), (x_test, y_test))
+        trains = how.train or all(f"{name}.npy" in archive.namelist() for name in ARRAYS[:2])
+        train, test = (
+            (_nchw(_read_array(archive, f"x_{split}")), _read_array(archive, f"y_{split}")) if wanted else None
+            for split, wanted in (("train", trains), ("test", True))
+        )
+    assert test is not None
+    return checked(f"npz:{address}", train, test)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcure.data.dataset import Dataset
+from fastcure.data.image_files import taken
 
 HELD_OUT = 128
 """Training images on which a run is followed, if they are at most a tenth of them."""
@@ -53,7 +54,10 @@ def limited(data: Dataset, limit: int | None, seed: int) -> Dataset:
         return data
     train, test = (stratified(y, limit, seed) for y in (data.y_train, data.y_test))
     return data._replace(
-        x_train=data.x_train[train], y_train=data.y_train[train], x_test=data.x_test[test], y_test=data.y_test[test]
+        x_train=taken(data.x_train, train),
+        y_train=data.y_train[train],
+        x_test=data.x_test[test],
+        y_test=data.y_test[test],
     )
 
 
@@ -70,12 +74,15 @@ def sampled(data: Dataset, whole: Dataset) -> str:
     return f"{count:,} test images" + (f" (a sample of {of:,}, stratified by class)" if count < of else "")
 
 
-def hold_out(data: Dataset, count: int | None, seed: int) -> tuple[Dataset, Tensor, Tensor]:
+def hold_out(data: Dataset, count: int | float | None, seed: int) -> tuple[Dataset, Tensor, Tensor]:
     """Take a stratified sample out of the training images, to follow the training on it and to choose by it.
+
+    A dataset with validation images of its own gives up none of the others: the sample is of these.
 
     Args:
         data: is left as it is.
-        count: how many; None for `HELD_OUT`, or a tenth of the training images if that is less.
+        count: how many, or as a float their share, at least 1; None for `HELD_OUT`, or a tenth of the training images
+            if that is less.
         seed: of the choice.
 
     Returns:
@@ -91,15 +98,25 @@ def hold_out(data: Dataset, count: int | None, seed: int) -> tuple[Dataset, Tens
         >>> len(data.y_train) - len(rest.y_train), len(y)
         (100, 100)
     """
+    if data.validation is not None:
+        x, y = data.validation
+        chosen = stratified(y, _number(count, len(y), HELD_OUT), seed)
+        return data, x[chosen], y[chosen]
     N = len(data.y_train)
-    wanted = min(HELD_OUT, -(-N // 10)) if count is None else count
+    wanted = _number(count, N, min(HELD_OUT, -(-N // 10)))
     if wanted >= N:
         raise ValueError(
             f"validation must leave images to train on, got {wanted} of the {N} training images of {data.name}: lower "
-            "--validation, or give more images"
+            "--validation (or --val-fraction), or give more images"
         )
     chosen = stratified(data.y_train, wanted, seed)
     held = torch.zeros(N, dtype=torch.bool)
     held[chosen] = True
-    rest = data._replace(x_train=data.x_train[~held], y_train=data.y_train[~held])
+    rest = data._replace(x_train=taken(data.x_train, ~held), y_train=data.y_train[~held])
     return rest, data.x_train[held], data.y_train[held]
+
+
+def _number(count: int | float | None, of: int, default: int) -> int:
+    if isinstance(count, float):
+        return max(1, round(count * of))
+    return default if count is None else count

@@ -46,7 +46,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
     assert settings.model is not None
     whole = load_images(settings)
     data = limited(whole, settings.limit, settings.seed)
-    x, y = (data.x_test.float() / 255).to(ranks.device), data.y_test.to(ranks.device)
+    x, y = data.x_test.float() / 255, data.y_test
     weights: dict[str, str | None] = {"after fine-tuning" if settings.run else settings.model: settings.checkpoint}
     if settings.surrogate is not None:
         weights = {"before fine-tuning" if settings.run else "surrogate": settings.surrogate, **weights}

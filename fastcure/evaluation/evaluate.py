@@ -26,6 +26,8 @@ from fastcure.training.ranks import Ranks, Work, join, own_device
 
 Results = dict[str, Any]
 NORMS = {"linf": "L-infinity", "l2": "L2"}
+MOST_CLASSES = 20
+"""Lines of the table of classes; all of them are in the results."""
 
 
 @outside_inference_mode
@@ -43,7 +45,8 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         `clean`; of each of `settings.attacks`, `{eps: accuracy}`, and with `settings.eps_l2` also, called `pgd_l2` and
         `autoattack_l2`, of those that have this norm; `intervals` of all these, with 95 % confidence; `warnings`, where
         PGD leaves much more than AutoAttack; but for random networks `deepfool`, `{"mean", "median", "found"}` over the
-        images classified correctly (L2 lengths, the mean of those found); if asked for `checklist`, its items; and
+        images classified correctly (L2 lengths, the mean of those found); `classes`, where these have names, the
+        accuracies of each; if asked for `checklist`, its items; and
         `settings`, `images` (how many) of `test_set` (how many), `environment`.
 
     Raises:
@@ -100,6 +103,9 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
     if settings.eot == 1:
         results["deepfool"] = measure.distances()
         say("DeepFool: L2 distance {mean}, median {median}, found for {found}".format(**_shown(results["deepfool"])))
+    if data.classes:
+        results["classes"] = measure.by_class
+        say(by_class(measure.by_class, data))
     if settings.checklist:
         items = measure.checklist(surrogate)
         results["checklist"] = [item._asdict() for item in items]
@@ -142,7 +148,9 @@ class _Measure:
 
     def __init__(self, model: nn.Module, data: Dataset, ranks: Ranks, settings: EvaluationSettings) -> None:
         self.model, self.settings, self.ranks = model, settings, ranks
-        self.x, self.y = data.x_test.to(ranks.device), data.y_test.to(ranks.device)
+        self.x, self.y, self.classes = data.x_test, data.y_test, data.classes
+        self.by_class: dict[str, dict[str, float]] = {name: {} for name in data.classes}
+        """Accuracies of each class, if they have names, by what they were measured under."""
 
     def accuracy(self, title: str, attack: Callable[..., Tensor] | None = None, eps: float = 0.0) -> float:
         """Accuracy, clean or under an attack."""
@@ -150,7 +158,11 @@ class _Measure:
         def attacked(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
             return correct(self.model, x, y, attack and partial(attack, eps=eps, generator=generator))
 
-        return float(self._map(title, attacked).double().mean())
+        rows = self._map(title, attacked).double()
+        for label, name in enumerate(self.classes):
+            if len(own := rows[self.y == label]):
+                self.by_class[name][title] = float(own.mean())
+        return float(rows.mean())
 
     def distances(self) -> dict[str, float | None]:
         """DeepFool's L2 distances within the box, over the images classified rightly."""
@@ -180,7 +192,7 @@ class _Measure:
 
     def checklist(self, surrogate: nn.Module | None) -> list[Any]:
         """The gradient-masking checklist at the last radius."""
-        x = self.x.float() / 255
+        x, y = self.x.to(self.ranks.device).float() / 255, self.y.to(self.ranks.device)
 
         def progress(checks: list[Check]) -> tqdm[Check]:
             return self._bar("checklist", checks, "item")
@@ -189,12 +201,30 @@ class _Measure:
         options: dict[str, Any] = {"steps": self.settings.steps, "batch_size": self.settings.batch_size}
         options |= {"eot": self.settings.eot, "autoattack_images": self.settings.autoattack_images}
         options |= {"generator": generator, "progress": progress}
-        return masking_checklist(self.model, x, self.y, self.settings.eps[-1], surrogate=surrogate, **options)
+        return masking_checklist(self.model, x, y, self.settings.eps[-1], surrogate=surrogate, **options)
 
     def _bar(self, title: str, work: Any, unit: str) -> Any:
         what = {"total": work} if isinstance(work, int) else {"iterable": work}
         hidden = None if self.ranks.is_main_process else True
         return tqdm(desc=title, leave=False, unit=unit, dynamic_ncols=True, disable=hidden, **what)
+
+
+def by_class(accuracies: dict[str, dict[str, float]], data: Dataset) -> str:
+    """Format, of each class, its name, its number of test images, clean accuracy and the least accuracy of any attack.
+
+    Of more than `MOST_CLASSES`, those with the least of these are shown.
+    """
+    counts = data.y_test.bincount(minlength=data.num_classes).tolist()
+    rows = [
+        (min(found.values()), f"{name:<24.24} {count:>8,} {found['clean']:>8.1%} {min(found.values()):>8.1%}")
+        for (name, found), count in zip(accuracies.items(), counts, strict=True)
+        if found
+    ]
+    head = f"{'class':<24} {'images':>8} {'clean':>8} {'least':>8}"
+    if len(rows) > MOST_CLASSES:
+        head += f"   ({MOST_CLASSES} of {len(rows)} classes, the least accurate under attack)"
+        rows = sorted(rows)[:MOST_CLASSES]
+    return "\n".join([head, *(row for _, row in rows)])
 
 
 def _shown(distances: dict[str, float | None]) -> dict[str, str]:

@@ -9,15 +9,29 @@ from torch import nn
 
 from fastcure._functional import evaluation_mode, find_logits
 from fastcure.data import Dataset, load
-from fastcure.evaluation.settings import Measurement
-from fastcure.models.loading import load_model
+from fastcure.evaluation.settings import Measurement, known_of
+from fastcure.models.loading import load_model, parse_arguments
 from fastcure.models.placement import placed
 
 
 def load_images(settings: Measurement) -> Dataset:
-    """Load the dataset that `settings` name."""
+    """Load the dataset that `settings` name; its training images may be missing.
+
+    Classes and channels are those of the run, if there is one: a dataset of its own need not show all of them.
+    """
     assert settings.dataset is not None
-    return load(settings.dataset, settings.data_dir)
+    known = known_of(settings.run)
+    data = load(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        train=False,
+        test_fraction=settings.val_fraction,
+        classes=known.classes,
+        channels=known.channels,
+        workers=settings.workers or None,
+    )
+    return data._replace(num_classes=max(data.num_classes, known.num_classes))
 
 
 def load_network(
@@ -33,10 +47,15 @@ def load_network(
         ValueError, OSError, ModuleNotFoundError: as `load_model` and `check_network` say.
     """
     assert settings.model is not None
-    shape = data.x_test.shape[1:]
-    sizes = {"num_classes": data.num_classes, "in_channels": shape[0]}
-    model = load_model(settings.model, checkpoint, settings.mean, settings.std, **sizes, log=log)
-    model = placed(model, settings.model, shape, device)
+    channels = data.x_test.shape[1]
+    model = load_model(
+        *(settings.model, checkpoint, settings.mean, settings.std),
+        arguments=parse_arguments(settings.model_arg),
+        num_classes=data.num_classes,
+        in_channels=channels,
+        log=log,
+    )
+    model = placed(model, settings.model, data.x_test.shape[1:], device)
     check_network(model, settings.model, data, device)
     return model
 

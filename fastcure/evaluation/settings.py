@@ -7,16 +7,27 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from fastcure._fields import OneOf, check_types, check_whole_numbers
 from fastcure._writing import json_bytes, write_whole
 from fastcure.attacks import ATTACKS, L2_ATTACKS
 from fastcure.data import ADDRESSES, DATASETS
+from fastcure.data.folder import TEST_FRACTION
 from fastcure.models import MODELS
-from fastcure.models.loading import FUNCTION
+from fastcure.models.loading import FORMS
 from fastcure.training.run_folder import read_json
-from fastcure.training.settings import MAX_H, read_settings, refuse_code, setting
+from fastcure.training.settings import (
+    IMAGE_SIZE,
+    MAX_H,
+    MEAN,
+    MODEL_ARG,
+    check_model,
+    read_settings,
+    refuse_code,
+    setting,
+    without_code,
+)
 
 EPS_L2 = "L2 radii, in pixels in [0, 1], for the attacks that have this norm."
 AUTOATTACK_IMAGES = "Images that the checklist runs AutoAttack on, where it is installed; 0 leaves it out."
@@ -27,22 +38,28 @@ class Measurement:
     """Which network is measured on which images: what `evaluate`, `analyze` and `report` have in common."""
 
     run: str | None = setting(None, "Folder of a finetune run: its model, weights, dataset and radii are the defaults.")
-    model: Annotated[str, OneOf(MODELS, (FUNCTION,))] | None = setting(None, "The network.")
+    model: Annotated[str, OneOf(MODELS, FORMS)] | None = setting(None, "The network.")
+    model_arg: tuple[str, ...] = setting((), MODEL_ARG, repeat=True)
     checkpoint: str | None = setting(None, "Weights, .safetensors or .pt; the run's after fine-tuning.")
     surrogate: str | None = setting(
         None, "Other weights of the model, to transfer attacks from or to compare with; the run's before fine-tuning."
     )
-    mean: tuple[float, ...] | None = setting(None, "0.5,0.5,0.5: of each channel, if the model does not normalise.")
+    mean: tuple[float, ...] | None = setting(None, MEAN)
     std: tuple[float, ...] | None = setting(None, "Likewise.")
     dataset: Annotated[str, OneOf(DATASETS, ADDRESSES)] | None = setting(None, "Images and labels.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
+    image_size: int | None = setting(None, IMAGE_SIZE)
+    val_fraction: float | None = setting(
+        None, "Share of a folder without test images that is measured on: the run's, or else all of it."
+    )
+    workers: int | None = setting(None, "Threads that decode images (one a CPU, and 8 at most).")
     limit: int | None = setting(None, "Use N test images only, stratified by class.")
     batch_size: int = setting(256, "Images at a time; under torchrun, processes share whole batches.")
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
     seed: int = setting(0, "Of all that is random.")
     out: str | None = setting(None, "File for the results as JSON; must not exist.")
 
-    least: ClassVar[dict[str, int]] = {"limit": 1, "batch_size": 1, "seed": 0}
+    least: ClassVar[dict[str, int]] = {"limit": 1, "batch_size": 1, "seed": 0, "image_size": 1, "workers": 0}
     """The least value of each whole number."""
 
     wanted: ClassVar[str] = "--run, or --model and --dataset"
@@ -66,10 +83,9 @@ class Measurement:
         if self.model is None or self.dataset is None:
             raise ValueError(f"what to measure is missing: give {self.wanted}")
         check_whole_numbers(self, self.least)
-        for name in ("mean", "std"):
-            wrong = [value for value in getattr(self, name) or () if not 0 <= value <= 1]
-            if wrong:
-                raise ValueError(f"{name} must be of pixels in [0, 1], got {wrong[0]:g}: of bytes, divide it by 255")
+        check_model(self.model, self.model_arg, {"mean": self.mean, "std": self.std})
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be in (0, 1), such as 0.1, got {self.val_fraction}")
         if self.model in MODELS and self.checkpoint is None:
             raise ValueError(f"{self.model} has random weights without --checkpoint")
         self._check_out()
@@ -162,6 +178,31 @@ def write_results(out: str, results: dict[str, Any]) -> None:
     write_whole(out, json_bytes(results))
 
 
+class Known(NamedTuple):
+    """What a run says of the data that it was trained on."""
+
+    classes: tuple[str, ...] = ()
+    channels: int | None = None
+    num_classes: int = 0
+
+
+def known_of(run: str | None) -> Known:
+    """Return what `environment.json` of a finished run says of its data; nothing, where there is none.
+
+    Raises:
+        ValueError: if it cannot be read, or a value does not fit.
+    """
+    path = Path(run or "") / "environment.json"
+    if run is None or not path.is_file():
+        return Known()
+    content = read_json(path)
+    classes, channels, number = (content.get(name) for name in ("classes", "channels", "num_classes"))
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not ((classes is None or named) and channels in (None, 1, 3, 4) and type(number) in (int, type(None))):
+        raise ValueError(f"{path} must hold classes, channels and num_classes of a run's data: restore it")
+    return Known(tuple(classes or ()), channels, number or 0)
+
+
 def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     """Return what the finetune run, if one was set, says of its model, weights, data and radii."""
     if "run" not in explicit:
@@ -173,6 +214,13 @@ def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     if "model" not in explicit:
         refuse_code(read_json(path).get("model"), path)
     config = read_settings(path, resume=False)
-    found = {name: getattr(config, name) for name in ("model", "dataset", "data_dir", "eps")}
+    found = {name: getattr(config, name) for name in ("model", "dataset", "data_dir", "eps", "image_size")}
+    found |= without_code(explicit, vars(config), path)
+    if config.model not in MODELS:  # a bundled one has them in its weights
+        found |= {"mean": config.mean, "std": config.std}
+    if explicit.get("dataset", config.dataset) == config.dataset:
+        found["val_fraction"] = config.val_fraction or TEST_FRACTION
+    if explicit.get("dataset", config.dataset).partition(":")[0] not in ("folder", "hf"):
+        found["image_size"] = None
     original = str(run / "original.safetensors") if (run / "original.safetensors").is_file() else None
     return {**found, "checkpoint": str(run / "model.safetensors"), "surrogate": original}

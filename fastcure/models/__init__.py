@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,7 @@ def build(
     in_channels: int = 3,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.25,),
+    **arguments: Any,
 ) -> nn.Module:
     """Make the network called `name`, initialised from torch's default generator.
 
@@ -31,6 +33,7 @@ def build(
         num_classes: number of outputs.
         in_channels: channels of the input.
         mean, std: of each channel (or one for all), in pixels in [0, 1]; kept in the model's state dict.
+        arguments: others of its function in this module.
 
     Raises:
         ValueError: for another name.
@@ -43,7 +46,7 @@ def build(
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    return MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std)
+    return MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **arguments)
 
 
 __all__ = ["MODELS", "Normalize", "ResNet", "WideResNet", "build", "resnet8", "resnet18", "wide_resnet28_10"]

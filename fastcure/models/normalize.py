@@ -42,3 +42,15 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `(B, C, H, W)`."""
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+class Normalized(nn.Sequential):
+    """A network that does not normalise its input itself, with `Normalize` in front of it."""
+
+    def __init__(self, network: nn.Module, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(Normalize(channels, mean, std), network)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network inside a `Normalized`, whose weights are saved and loaded; any other model as it is."""
+    return model[1] if isinstance(model, Normalized) else model

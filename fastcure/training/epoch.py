@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from fastcure.objectives import Objective
 from fastcure.schedules import Schedule
 from fastcure.training.average import WeightAverage
-from fastcure.training.ranks import Ranks, out_of_memory
+from fastcure.training.ranks import Ranks, Share, out_of_memory
 from fastcure.training.tally import Tally
 
 
 def train_steps(
     objective: Objective,
-    batches: Iterable[tuple[int, float, tuple[Tensor, Tensor]]],
+    batches: Iterable[tuple[int, float, Share]],
     optimizer: torch.optim.Optimizer,
     schedules: Mapping[str, Schedule],
     tally: Tally,
@@ -35,7 +35,7 @@ def train_steps(
 
     Args:
         objective: of the step.
-        batches: index in the epoch, time in epochs, and `(x, y)`, the same for all processes.
+        batches: index in the epoch, time in epochs, and this process's share.
         optimizer: of the model's parameters; one that looks at `found_inf`, as fused ones do.
         schedules: of `lr`, and of attributes of the objective, set before each step.
         tally: takes the numbers of each step.
@@ -62,12 +62,12 @@ def train_steps(
         random = _random_state(ranks.device, objective.generator)
         while True:
             optimizer.zero_grad()
-            sums = _backward(objective, batch, ranks, autocast)
+            sums = _backward(objective, batch, autocast)
             if not ranks.all_reduce_max(sums is None):
                 break
             _set(buffers, before)
             _set_random_state(ranks.device, objective.generator, random)
-            _halve(objective, -(-len(batch[0]) // ranks.size))
+            _halve(objective, -(-batch.whole // ranks.size))
         assert sums is not None
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         ranks.all_reduce([*gradients, sums])
@@ -83,23 +83,18 @@ def train_steps(
         yield
 
 
-def _backward(
-    objective: Objective, batch: tuple[Tensor, Tensor], ranks: Ranks, autocast: torch.dtype | None
-) -> Tensor | None:
+def _backward(objective: Objective, batch: Share, autocast: torch.dtype | None) -> Tensor | None:
     """Add this process's part of the batch's gradient to `.grad`.
 
     Returns:
         float64 (4,): over the images of this process the sums of loss, penalty, correct answers and 1; None if memory
         ran out.
     """
-    x, y = ranks.share(*batch)
-    count = len(x)
-    if not count:  # all must have gradients: of one image of weight zero
-        x, y = (part[:1] for part in batch)
+    x, y, count, whole = batch  # all must have gradients, be it of one image of weight zero
     try:
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             total, loss, penalty, logits = objective(x, y)
-        (total * (count / len(batch[0]))).backward()
+        (total * (count / whole)).backward()
         correct = (logits.argmax(1) == y).float().mean()
         return count * torch.stack([loss, penalty, correct, torch.ones_like(correct)]).detach().double()
     except RuntimeError as error:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastcure._environment import environment, pick_device
 from fastcure.data import Dataset, hold_out, limited, load, stratified
 from fastcure.evaluation.network import check_network
-from fastcure.models import MODELS, build
-from fastcure.models.loading import load_model
+from fastcure.models import MODELS
+from fastcure.models.loading import load_model, parse_arguments
+from fastcure.models.normalize import bare
 from fastcure.models.placement import placed
 from fastcure.models.weights import load_weights
 from fastcure.objectives import CURE, OBJECTIVES, Objective
@@ -24,6 +25,9 @@ from fastcure.training.ranks import Ranks, join, own_device
 from fastcure.training.run import Metrics, Run
 from fastcure.training.run_folder import RunFolder, reserved
 from fastcure.training.settings import Settings
+
+MOST_PIXELS = 1 << 27
+"""Numbers from which mean and deviation of the pixels are computed."""
 
 
 def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume: bool = False) -> dict[str, Metrics]:
@@ -72,10 +76,17 @@ def _finetune(
         return folder.read_json("metrics.json")
     if settings.engine == "cuda_graph" and ranks.device.type != "cuda":
         raise ValueError(f"--engine cuda_graph wants a CUDA device, got {ranks.device}: leave it out")
-    whole = load(settings.dataset, settings.data_dir)
-    data, *held = hold_out(limited(whole, settings.limit, settings.seed), settings.validation, settings.seed)
+    whole = load(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        test_fraction=settings.val_fraction,
+        workers=settings.workers or None,
+    )
+    held_out = settings.validation if settings.val_fraction is None else float(settings.val_fraction)
+    data, *held = hold_out(limited(whole, settings.limit, settings.seed), held_out, settings.seed)
     torch.manual_seed(settings.seed)
-    model = placed(make_model(settings, data), settings.model, data.x_test.shape[1:], ranks.device)
+    model = placed(make_model(settings, data, say), settings.model, data.x_test.shape[1:], ranks.device)
     check_network(model, settings.model, data, ranks.device)
     objective = OBJECTIVES[settings.objective]
     title = objective.title
@@ -83,7 +94,7 @@ def _finetune(
     if folder.checkpoint.exists():
         run.restore()
     elif settings.checkpoint is not None:
-        load_weights(model, settings.checkpoint, say)
+        load_weights(bare(model), settings.checkpoint, say)
     progress = run.progress
     ranks.agree(data=progress.data, phase=progress.phase, epoch=progress.epoch, step=progress.step)
     if folder.checkpoint.exists():
@@ -102,17 +113,17 @@ def _finetune(
     if progress.phase == "pretrain":
         run.train(0 if settings.checkpoint is not None else settings.pretrain_epochs)
         if ranks.is_main_process:
-            folder.write_weights("original.safetensors", model)
+            folder.write_weights("original.safetensors", bare(model))
         progress.before = run.evaluate(f"before {title}")
         run.begin_fine_tuning()
     run.train(settings.epochs)
     if ranks.is_main_process:
-        folder.write_weights("model.safetensors", model)
+        folder.write_weights("model.safetensors", bare(model))
     metrics = {"before": progress.before or {}, "after": run.evaluate(f"after {title}")}
     if run.average is not None:
         metrics["ema"] = run.evaluate("of the average", run.average.model)
         if ranks.is_main_process:
-            folder.write_weights("ema.safetensors", run.average.model)
+            folder.write_weights("ema.safetensors", bare(run.average.model))
     warnings = collapse(metrics, data.y_test, objective)
     if ranks.is_main_process:
         folder.write_json("metrics.json", metrics)
@@ -126,7 +137,8 @@ def _finetune(
             folder.write("curves.png", picture.getvalue())
         found = {"microbatch": progress.microbatch, "seconds": progress.seconds, "warnings": warnings}
         found["images"] = {"train": len(data.y_train), "validation": len(held[1]), "test": len(data.y_test)}
-        folder.write_json("environment.json", {**environment(ranks.device), **found})
+        about = {"num_classes": data.num_classes, "channels": data.x_test.shape[1], "classes": list(data.classes)}
+        folder.write_json("environment.json", {**environment(ranks.device), **found, **about})
         folder.finish()
     say(table(metrics, title))
     for warning in warnings:
@@ -139,18 +151,25 @@ def silent(_: str) -> None:
     """Take the lines of the processes that do not print."""
 
 
-def make_model(settings: Settings, data: Dataset) -> nn.Module:
-    """Build a bundled network for the data's channels and classes, with their mean and deviation as its normalisation.
+def make_model(settings: Settings, data: Dataset, log: Callable[[str], object] | None = None) -> nn.Module:
+    """Make the network; a bundled one has mean and deviation of the data's pixels as its normalisation.
 
-    Any other is what its function returns.
+    Args:
+        settings: of the run.
+        data: gives a network of the library's, or of timm's, its channels and classes.
+        log: as in `load_model`.
     """
-    if settings.model not in MODELS:
-        return load_model(settings.model)
     channels = data.x_train.shape[1]
-    chosen = stratified(data.y_train, 10_000, settings.seed)
-    pixels = data.x_train[chosen].transpose(0, 1).reshape(channels, -1).double() / 255
-    std = pixels.std(1).clamp_min(1e-2)  # a constant channel has none
-    return build(settings.model, data.num_classes, channels, pixels.mean(1).tolist(), std.tolist())
+    mean, std = settings.mean, settings.std
+    if settings.model in MODELS and mean is None:
+        count = min(10_000, max(1, MOST_PIXELS // data.x_train.shape[1:].numel()))
+        chosen = stratified(data.y_train, count, settings.seed)
+        pixels = data.x_train[chosen].transpose(0, 1).reshape(channels, -1).double() / 255
+        # A constant channel has no deviation.
+        mean, std = tuple(pixels.mean(1).tolist()), tuple(pixels.std(1).clamp_min(1e-2).tolist())
+    sizes = {"num_classes": data.num_classes, "in_channels": channels}
+    arguments = parse_arguments(settings.model_arg)
+    return load_model(settings.model, None, mean, std, arguments=arguments, **sizes, log=log)
 
 
 def collapse(metrics: dict[str, Metrics], y_test: Tensor, objective: type[Objective] = CURE) -> list[str]:

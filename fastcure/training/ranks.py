@@ -18,8 +18,19 @@ Work = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """Takes images, labels and a source of random numbers; returns a row an image."""
 
 
+class Share(NamedTuple):
+    """What a process has of a batch."""
+
+    x: Tensor
+    y: Tensor
+    counting: int
+    """How many of its images count: all, or none where the batch is too small for every process to have one."""
+    whole: int
+    """Images of the batch, in all processes."""
+
+
 class Ranks(NamedTuple):
-    """This process among the others. Every method but `share` is to be called by all of them."""
+    """This process among the others. Every method but `share` and `counted` is to be called by all of them."""
 
     device: torch.device
     rank: int = 0
@@ -33,9 +44,14 @@ class Ranks(NamedTuple):
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def share(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """Return every `size`-th row of each tensor, beginning with the `rank`-th."""
-        return tuple(part[self.rank :: self.size] for part in batch)
+    def share(self, x: Tensor, y: Tensor) -> Share:
+        """Return every `size`-th image of a batch, beginning with the `rank`-th; the first, uncounted, if none is."""
+        mine = slice(self.rank, None, self.size) if len(x) > self.rank else slice(1)
+        return self.counted(x[mine], y[mine], len(x))
+
+    def counted(self, x: Tensor, y: Tensor, whole: int) -> Share:
+        """Return images of this process as its share of a batch of `whole` images."""
+        return Share(x, y, len(range(self.rank, whole, self.size)), whole)
 
     def all_reduce_max(self, value: int) -> int:
         """Return the largest value of any process."""
@@ -95,7 +111,8 @@ class Ranks(NamedTuple):
         failure: Exception | None = None
         try:
             for index in range(self.rank, len(parts), self.size):
-                rows[index] = work(*parts[index]).cpu()
+                images, labels, generator = parts[index]
+                rows[index] = work(images.to(self.device), labels.to(self.device), generator).cpu()
         except Exception as error:
             failure = error
             if out_of_memory(error):

@@ -6,7 +6,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation, stratified
+from fastcure.data.image_files import Images
 from fastcure.evaluation.accuracy import correct
 from fastcure.objectives import OBJECTIVES, Objective, Standard
 from fastcure.objectives.standard import smoothed
@@ -24,7 +24,7 @@ from fastcure.training.epoch import train_steps
 from fastcure.training.interrupt import Interrupted, Interruption
 from fastcure.training.objective import make_objective, schedules_of
 from fastcure.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
-from fastcure.training.ranks import Ranks
+from fastcure.training.ranks import Ranks, Share
 from fastcure.training.run_folder import RunFolder
 from fastcure.training.settings import Settings
 from fastcure.training.tally import EpochResult, Tally
@@ -70,8 +70,7 @@ class Run:
     ) -> None:
         self.settings, self.model, self.ranks = settings, model, ranks
         self.folder, self.interruption = folder, interruption
-        self.test = data.x_test.to(ranks.device), data.y_test.to(ranks.device)
-        self.held = held[0].to(ranks.device), held[1].to(ranks.device)
+        self.test, self.held = (data.x_test, data.y_test), held
         self.loader = Loader(
             data.x_train,
             data.y_train,
@@ -79,6 +78,8 @@ class Run:
             device=ranks.device,
             augment=default_augmentation(data.name) if settings.augment else None,
             generator=torch.Generator().manual_seed(settings.seed),
+            workers=settings.workers,
+            share=(ranks.rank, ranks.size),
         )
         self.progress = Progress(data=checksum(*data[:4], *held), microbatch=settings.microbatch)
         self.optimizer = self._optimizer()
@@ -199,17 +200,18 @@ class Run:
         assert self.loader.generator is not None
         return self.loader.generator
 
-    def _batches(self, title: str) -> Iterator[tuple[int, float, tuple[Tensor, Tensor]]]:
+    def _batches(self, title: str) -> Iterator[tuple[int, float, Share]]:
         """The batches of the epoch that are left, each with its index and its time in epochs."""
         self._epoch_began_at = self._generator.get_state()
         step, steps = self.progress.step, len(self.loader)
-        left = islice(self.loader, step, None)
+        left, images = self.loader.batches(step), len(self.loader.y)
         progress, seed = self.progress, self.settings.seed
-        for index, batch in enumerate(self._bar(left, title, unit="step", initial=step, total=steps), step):
+        for index, (x, y) in enumerate(self._bar(left, title, unit="step", initial=step, total=steps), step):
             # Of the step and the process alone: a resumed run draws what it would have drawn.
             place = f"{seed} {progress.phase} {progress.epoch} {index} {self.ranks.rank}"
             self._generator_of_steps.manual_seed(zlib.crc32(place.encode()))
-            yield index, self.progress.epoch + index / steps, batch
+            whole = min(self.settings.batch_size, images - index * self.settings.batch_size)
+            yield index, self.progress.epoch + index / steps, self.ranks.counted(x, y, whole)
 
     def _note_microbatch(self, microbatch: int | None) -> None:
         """Remember, and say, that memory sufficed for so few images only."""
@@ -316,8 +318,9 @@ class Run:
         if not (settings.track and progress.phase == "finetune"):
             return progress.track
         x, y = self.held
-        chosen = stratified(y, settings.track, settings.seed).to(y.device)
-        rows = [*progress.track, track_row(self.model, x[chosen], y[chosen], progress.epoch, settings.seed)]
+        chosen, device = stratified(y, settings.track, settings.seed), self.ranks.device
+        images = x[chosen].to(device), y[chosen].to(device)
+        rows = [*progress.track, track_row(self.model, *images, progress.epoch, settings.seed)]
         if self.ranks.is_main_process:
             self.folder.write_csv("track.csv", rows)
         return rows
@@ -338,9 +341,9 @@ class Run:
         return bar(work, title, **options)
 
 
-def checksum(*parts: Tensor) -> int:
-    """Return a number that other images or labels hardly share."""
+def checksum(*parts: Images) -> int:
+    """Return a number that other images or labels hardly share; of images in files, by the names and sizes of these."""
     value = 0
     for part in parts:
-        value = zlib.crc32(part.contiguous().numpy().data, value)
+        value = zlib.crc32(part.contiguous().numpy().data if isinstance(part, Tensor) else part.identity(), value)
     return value

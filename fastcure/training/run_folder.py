@@ -14,7 +14,7 @@ from torch import nn
 from fastcure._extras import extra
 from fastcure._writing import csv_bytes, json_bytes, json_text, sync_folder, write_whole
 
-MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite")
+MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite", "workers")
 """Settings in which a resumed run may differ from its beginning: where things are, and what to do in distress."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from fastcure._fields import OneOf, check_types, check_whole_numbers, shortened
 from fastcure.data import ADDRESSES, DATASETS
 from fastcure.engines import ENGINES, LossAt, engine_called
 from fastcure.models import MODELS
-from fastcure.models.loading import FUNCTION
+from fastcure.models.loading import FORMS, parse_arguments
 from fastcure.objectives import OBJECTIVES
 from fastcure.schedules import Schedule, schedule
 from fastcure.training.objective import make_objective, settings_of
@@ -25,15 +26,43 @@ MAX_H = 1e4
 """Largest h: far longer than the diagonal of the pixels' box, and far from where squares overflow in float32."""
 
 
-def setting(default: Any, meaning: str, alone: int | None = None) -> Any:
+def setting(default: Any, meaning: str, alone: int | None = None, *, repeat: bool = False) -> Any:
     """Return a dataclass field.
 
     Args:
         default: value.
         meaning: what the command line shows.
         alone: the value that the flag has there without one.
+        repeat: the flag is given once for each element of a tuple.
     """
-    return field(default=default, metadata={"help": meaning, "alone": alone})
+    return field(default=default, metadata={"help": meaning, "alone": alone, "repeat": repeat})
+
+
+IMAGE_SIZE = "Of folder: and hf: images: the shorter side is scaled to N, and the middle of N x N cut out."
+WORKERS = "Processes that decode images and read ahead (one a CPU, and 8 at most)."
+MODEL_ARG = "NAME=VALUE, a keyword argument for what makes the network; may be given several times."
+MEAN = "0.5,0.5,0.5: of each channel, in pixels in [0, 1], if the network does not normalise."
+
+
+def check_model(model: str | None, model_arg: Sequence[str], numbers: Mapping[str, Sequence[float] | None]) -> None:
+    """Check what is said of a network, as far as that is possible without making it.
+
+    Args:
+        model: its name.
+        model_arg: its arguments.
+        numbers: `mean` and `std`.
+
+    Raises:
+        ValueError: if an argument cannot be read, or a number is not of pixels in [0, 1].
+    """
+    parse_arguments(model_arg)
+    for name, values in numbers.items():
+        wrong = [value for value in values or () if not 0 <= value <= 1]
+        if wrong:
+            raise ValueError(f"{name} must be of pixels in [0, 1], got {wrong[0]:g}: of bytes, divide it by 255")
+    if len({values is None for values in numbers.values()}) > 1:
+        given = " and ".join(f"{name}={values}" for name, values in numbers.items())
+        raise ValueError(f"mean and std must be given together, got {given}")
 
 
 @dataclass(frozen=True)
@@ -46,9 +75,18 @@ class Settings:
 
     dataset: Annotated[str, OneOf(DATASETS, ADDRESSES)] = setting("digits", "Images and labels.")
     data_dir: str = setting("data", "Folder of the dataset's files.")
-    model: Annotated[str, OneOf(MODELS, (FUNCTION,))] = setting(
-        "resnet8", "A bundled network, or what a function of yours returns: it takes pixels in [0, 1]."
+    image_size: int | None = setting(None, IMAGE_SIZE)
+    val_fraction: float | None = setting(
+        None,
+        "Share of the training images held out, in place of --validation; and tested on, of a folder that has none.",
     )
+    workers: int | None = setting(None, WORKERS)
+    model: Annotated[str, OneOf(MODELS, FORMS)] = setting(
+        "resnet8", "A bundled network, one of timm's, or what a function of yours returns."
+    )
+    model_arg: tuple[str, ...] = setting((), MODEL_ARG, repeat=True)
+    mean: tuple[float, ...] | None = setting(None, MEAN)
+    std: tuple[float, ...] | None = setting(None, "Likewise.")
     checkpoint: str | None = setting(
         None, "Weights to start from, .safetensors or .pt; without them standard training comes first."
     )
@@ -108,7 +146,16 @@ class Settings:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         check_types(self)
         least = {"pretrain_epochs": 0, "epochs": 1, "batch_size": 1, "microbatch": 1, "limit": 1, "seed": 0, "track": 0}
-        check_whole_numbers(self, {**least, "validation": 1, "steps": 1})
+        check_whole_numbers(self, {**least, "validation": 1, "steps": 1, "image_size": 1, "workers": 0})
+        check_model(self.model, self.model_arg, {"mean": self.mean, "std": self.std})
+        if self.model in MODELS and self.mean is not None and self.checkpoint is not None:
+            raise ValueError(f"{self.model} has its mean and std in the checkpoint: leave out those given")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be in (0, 1), such as 0.1, got {self.val_fraction}")
+        if self.val_fraction is not None and self.validation is not None:
+            raise ValueError(
+                f"validation must be left out with val_fraction, got {self.validation} and {self.val_fraction}"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.weight_decay < 0:
@@ -153,7 +200,7 @@ def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings
         began = read_settings(path)
         if "model" not in explicit:
             refuse_code(began.model, path)
-        return replace(began, **explicit)
+        return replace(began, **{**without_code(explicit, vars(began), path), **explicit})
     name = explicit.get("preset")
     if name is None and explicit.get("dataset", "digits") == "digits":
         name = "digits"
@@ -193,7 +240,8 @@ def read_settings(path: Path, *, resume: bool = True) -> Settings:
         found = Settings(**{name: value for name, value in content.items() if name in known})
     except ValueError as error:
         raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
-    return replace(found, eps=tuple(found.eps))
+    lists: dict[str, Any] = {name: tuple(value) for name, value in vars(found).items() if isinstance(value, list)}
+    return replace(found, **lists)
 
 
 def refuse_code(model: object, path: Path) -> None:
@@ -207,3 +255,25 @@ def refuse_code(model: object, path: Path) -> None:
             f"{path} names the model {shortened(model)}, and only {', '.join(MODELS)} are made at a file's word: give "
             "it again as --model"
         )
+
+
+def without_code(explicit: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return what a file says of a network, of which a function of the user's gets no argument unless it is repeated.
+
+    Args:
+        explicit: what the user gave.
+        config: the settings in the file.
+        path: of the file.
+
+    Raises:
+        ValueError: if the user names a function and the file has arguments for it.
+    """
+    model = explicit.get("model", config.get("model"))
+    arguments = tuple(config.get("model_arg") or ())
+    if model not in MODELS and arguments and "model_arg" not in explicit:
+        given = " ".join(f"--model-arg {shortened(text)}" for text in arguments[:8])
+        raise ValueError(
+            f"{path} has arguments for the network, and code is not called with what a file says: give {given} again, "
+            f"or what you want in place of them"
+        )
+    return {"model_arg": arguments}

@@ -172,7 +172,7 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
         schedules = {name: schedule("1", 1, name) for name in ("lr", "h", "gamma")}
         schedules["lr"] = schedule("0", 1, "lr")
         tally, ranks = Tally(torch.device("cpu")), Ranks(torch.device("cpu"), rank, 2)
-        list(train_steps(CURE(model), [(0, 0.0, (few.x, few.y))], optimizer, schedules, tally, ranks))
+        list(train_steps(CURE(model), [(0, 0.0, ranks.share(few.x, few.y))], optimizer, schedules, tally, ranks))
         found[f"finetune on {rows}"] = relative(gradient(model), truth(few, h=1.0, gamma=1.0))
         found[f"images of {rows}"] = float(tally.numbers[3])
 

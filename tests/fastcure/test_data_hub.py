@@ -129,8 +129,11 @@ def test_missing_split(tmp_path: Path) -> None:
 
 def test_unequal_sizes(tmp_path: Path) -> None:
     pictures = {**dict.fromkeys(NAMES, picture(0)), NAMES[1]: picture(1, size=(4, 9))}
-    with pytest.raises(ValueError, match="must have one size, got 7x5 and 4x9; resize them first"):
+    with pytest.raises(ValueError, match="must have one size, got 7x5 and 4x9: give --image-size N"):
         load(write_folder(tmp_path / "pets", pictures))
+    data = load(f"hf:{tmp_path / 'pets'}", image_size=6)
+    assert (data.x_train.shape, data.x_test.shape) == ((2, 3, 6, 6), (1, 3, 6, 6))
+    assert data.classes == ("cat", "dog")
 
 
 def test_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fastcure.attacks import ATTACKS
 from fastcure.data import ADDRESSES, DATASETS
 from fastcure.engines import ENGINES
 from fastcure.models import MODELS
-from fastcure.models.loading import FUNCTION
+from fastcure.models.loading import FORMS
 from fastcure.objectives import OBJECTIVES
 from fastcure.training.optimizer import OPTIMIZERS
 from fastcure.training.presets import PRESETS
@@ -66,7 +66,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 CHOICES: dict[tuple[str, str], set[str]] = {
     ("commands", "`--objective`"): {*OBJECTIVES},
     ("commands", "`--dataset`"): {*DATASETS, *ADDRESSES},
-    ("commands", "`--model`"): {*MODELS, FUNCTION},
+    ("commands", "`--model`"): {*MODELS, *FORMS},
     ("commands", "`--attacks`"): {*ATTACKS},
     ("commands", "preset"): {*PRESETS},
     ("recipes/own-loop", "`engine=`"): {f'"{name}"' for name in ENGINES},

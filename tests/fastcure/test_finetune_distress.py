@@ -26,6 +26,7 @@ from fastcure.training.run import Run
 from fastcure.training.tally import Tally
 
 Forward = Callable[[CURE, Tensor, Tensor], CUREOutput]
+ALONE = Ranks(torch.device("cpu"))
 
 
 class Killed(BaseException):
@@ -183,7 +184,7 @@ def test_a_skipped_step_leaves_no_trace(objective: Any) -> None:
         model = copy.deepcopy(first)
         wrapped = CURE(model, batch_stats="split") if objective == "split" else objective(model)
         optimizer, tally = make_optimizer(model.parameters()), Tally(torch.device("cpu"))
-        work = [(i, 0.0, (x[i] * (torch.nan if i == 1 else 1), y[i])) for i in batches]
+        work = [(i, 0.0, ALONE.share(x[i] * (torch.nan if i == 1 else 1), y[i])) for i in batches]
         list(train_steps(wrapped, work, optimizer, schedules, tally, Ranks(torch.device("cpu"))))
         found.append([*model.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())])
         bad = tally.first_bad()
@@ -216,7 +217,7 @@ def test_no_step_reads_a_value() -> None:
     x[1] = torch.nan
     model, tally, cpu = resnet8(num_classes=3), Tally(torch.device("cpu")), torch.device("cpu")
     with Reads() as reads:
-        work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
+        work = [(i, 0.0, ALONE.share(x[i], y[i])) for i in range(3)]
         list(
             train_steps(
                 Plain(model),
@@ -279,7 +280,7 @@ def test_a_repeated_step_leaves_no_trace_of_the_first_try(monkeypatch: pytest.Mo
         model = copy.deepcopy(first)
         cure, optimizer = CURE(model, batch_stats="split", microbatch=microbatch), make_optimizer(model.parameters())
         torch.manual_seed(1)  # of dropout
-        work = [(i, 0.0, (x[i], y[i])) for i in range(3)]
+        work = [(i, 0.0, ALONE.share(x[i], y[i])) for i in range(3)]
         list(train_steps(cure, work, optimizer, schedules, Tally(torch.device("cpu")), Ranks(torch.device("cpu"))))
         assert cure.microbatch == 2  # 8, 4, 2
         found.append([*model.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import contents, finetune, write_npz
-from torch import Tensor, nn
+from torch import nn
 
 import fastcure.training.run as run_module
 from fastcure.cli import main
@@ -22,7 +22,7 @@ from fastcure.schedules import schedule
 from fastcure.training.average import WeightAverage
 from fastcure.training.epoch import train_steps
 from fastcure.training.optimizer import OPTIMIZERS, make_optimizer
-from fastcure.training.ranks import Ranks
+from fastcure.training.ranks import Ranks, Share
 from fastcure.training.run import Run
 from fastcure.training.tally import Tally
 
@@ -40,10 +40,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def batches(count: int = 4) -> list[tuple[int, float, tuple[Tensor, Tensor]]]:
+def batches(count: int = 4) -> list[tuple[int, float, Share]]:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(count, 6, 3, 2, 2, generator=generator, dtype=torch.float64)
-    return [(step, 0.0, (x[step], torch.arange(6) % 3)) for step in range(count)]
+    return [(step, 0.0, Ranks(CPU).share(x[step], torch.arange(6) % 3)) for step in range(count)]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, work: Any, **options: Any) -> None:
@@ -66,7 +66,7 @@ def test_steps_are_those_of_torchs_optimizer(name: str) -> None:
     plain = copy.deepcopy(model)
     train(model, make_optimizer(model.parameters(), name, 0.8, 0.1), batches())
     optimizer = PLAIN[name](plain.parameters())
-    for _, _, (x, y) in batches():
+    for _, _, (x, y, *_) in batches():
         optimizer.zero_grad()
         nn.functional.cross_entropy(plain(x), y).backward()
         optimizer.step()
@@ -81,7 +81,7 @@ def test_a_skipped_step_leaves_no_trace(name: str, bad: int) -> None:
     found = []
     for skip in (False, True):
         model, work = network(), batches()
-        work[bad] = (bad, 0.0, (work[bad][2][0] * torch.nan, work[bad][2][1]))
+        work[bad] = (bad, 0.0, work[bad][2]._replace(x=work[bad][2].x * torch.nan))
         optimizer, average = make_optimizer(model.parameters(), name), WeightAverage(model, 0.9)
         train(model, optimizer, [each for each in work if not (skip and each[0] == bad)], clip=0.5, average=average)
         states = [value for state in optimizer.state.values() for value in state.values()]
