@@ -39,6 +39,17 @@ class ImageFiles:
 
     Attributes:
         shape: `(N, C, H, W)`.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from fastcure.data import ImageFiles
+        >>> root = Path(tempfile.mkdtemp())
+        >>> Image.new("L", (40, 30)).save(root / "a.png")
+        >>> images = ImageFiles(root, ["a.png"], (1, 16, 16), image_size=16, workers=1)
+        >>> len(images), images[torch.tensor([0])].shape
+        (1, torch.Size([1, 1, 16, 16]))
     """
 
     def __init__(

@@ -222,7 +222,7 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
         (["--validation", "48"], "validation must leave images to train on, got 48 of the 48 training images"),
         (
             ["--model", "vgg"],
-            f"model must be one of {', '.join(MODELS)}, package.module:function, got 'vgg'",
+            f"model must be one of {', '.join(MODELS)}, package.module:function, timm:NAME, got 'vgg'",
         ),
         (["--engine", "fast"], "engine must be one of auto"),
         (
