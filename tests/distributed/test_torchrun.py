@@ -101,10 +101,10 @@ import fastcure.training.finetune as module
 
 load = module.load
 
-def missing(*arguments):
+def missing(*arguments, **options):
     if os.environ["RANK"] == sys.argv[-1]:
         raise FileNotFoundError("the data are not on this host")
-    return load(*arguments)
+    return load(*arguments, **options)
 
 module.load = missing
 main = fastcure.cli.main
