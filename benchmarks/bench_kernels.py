@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import fastcure_kernels as kernels
 import pytest
 import torch
-from fastcure_kernels import batch_norm
+from fastcure_kernels import batch_norm, gelu, row_norm
 from record import write
 from timing import busy_ms, medians
 from torch import Tensor
@@ -61,6 +61,13 @@ def derivatives_of_norm(x: Tensor, g: Tensor, v: Tensor, last: Tensor) -> tuple[
     return q, u, batch_norm.last_backward(norm, last, v, w, v_sums, w_sums)[0]
 
 
+def derivatives_of_rows(v: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a layer norm over 1024 values, of given means and deviations."""
+    v, w, x = (t.view(-1, 1024) for t in (v, w, x))
+    mean = torch.zeros(len(x), 1, device=x.device)
+    return row_norm.double_backward(v, w, x, mean, mean + 1)
+
+
 CASES = {
     "direction_step": Case(lambda x, g: kernels.direction_step(x, g, 1.25), 2, 3),
     "difference_sqnorm": Case(kernels.difference_sqnorm, 2, 2),
@@ -69,6 +76,8 @@ CASES = {
     "bias_relu": Case(lambda x: kernels.bias_relu(x, x.new_ones(CHANNELS)), 1, 2),
     "bias_relu, residual": Case(lambda x, r: kernels.bias_relu(x, x.new_ones(CHANNELS), r), 2, 3),
     "bias_relu, forward and backward": Case(masked_gradients, 2, 5),
+    "gelu, double backward": Case(gelu.double_backward, 3, 5),
+    "layer norm, double backward": Case(derivatives_of_rows, 3, 5),
     "batch_norm, relu": Case(normalised, 1, 3),
     "batch_norm, relu, and three derivatives": Case(derivatives_of_norm, 4, 21),
 }

@@ -39,29 +39,33 @@ def _double_backward_kernel(
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     m = tl.load(m_ptr + rows, mask=rows < R, other=0.0)[:, None]
     r = tl.load(r_ptr + rows, mask=rows < R, other=0.0)[:, None]
-    v = tl.load(v_ptr + offsets, mask=inside, other=0.0)
-    w = tl.load(w_ptr + offsets, mask=inside, other=0.0)
-    x_hat = tl.where(inside, tl.load(x_ptr + offsets, mask=inside, other=0.0) - m, 0.0) * r
+    v = tl.load(v_ptr + offsets, mask=inside, other=0.0).to(m.dtype)
+    w = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(m.dtype)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(m.dtype)
+    x_hat = tl.where(inside, x - m, 0.0) * r
     v_mean, w_mean = tl.sum(v, 1)[:, None] / N, tl.sum(w, 1)[:, None] / N
     v_along, w_along = tl.sum(v * x_hat, 1)[:, None] / N, tl.sum(w * x_hat, 1)[:, None] / N
     e = r * (tl.sum(v * w, 1)[:, None] / N - v_mean * w_mean - v_along * w_along)
     u = r * (v - v_mean - x_hat * v_along)
     q = r * (w - w_mean - x_hat * w_along)
-    tl.store(u_ptr + offsets, u, mask=inside)
-    tl.store(g_ptr + offsets, -r * (w_along * u + v_along * q + e * x_hat), mask=inside)
+    g = -r * (w_along * u + v_along * q + e * x_hat)
+    tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=inside)
+    tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
 def double_backward(v: Tensor, w: Tensor, x: Tensor, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """What goes to w and to x: `(R, n)` both, as `v`, `w` and `x`; `m` and `r` are `(R, 1)`; float32 or float64."""
+    """What goes to w and to x, `(R, n)` as `v`, `w` and `x`; `m` and `r` `(R, 1)` have the dtype of the arithmetic."""
     n = x.shape[1]
     if not use_triton(x) or n > LONGEST:
+        dtype = x.dtype
+        v, w, x = (t.to(r.dtype) for t in (v, w, x))
         x_hat = (x - m) * r
         (v_mean, w_mean), (v_along, w_along) = (
             [t.mean(1, keepdim=True) for t in pair] for pair in ((v, w), (v * x_hat, w * x_hat))
         )
         e = r * ((v * w).mean(1, keepdim=True) - v_mean * w_mean - v_along * w_along)
         u, q = r * (v - v_mean - x_hat * v_along), r * (w - w_mean - x_hat * w_along)
-        return u, -r * (w_along * u + v_along * q + e * x_hat)
+        return u.to(dtype), (-r * (w_along * u + v_along * q + e * x_hat)).to(dtype)
     u, g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     block = max(16, 1 << (n - 1).bit_length())
     rows = max(1, 2048 // block)

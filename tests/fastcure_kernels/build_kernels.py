@@ -42,7 +42,7 @@ KERNELS = {  # kernel, and a word where there are several of it -> its launch op
     "linf_step._linf_step_kernel": ELEMENTWISE,
     "gelu._double_backward_kernel": {**ELEMENTWISE, "TANH": False},
     "gelu._double_backward_kernel tanh": {**ELEMENTWISE, "TANH": True},
-    "row_norm._double_backward_kernel": {"only": ("fp32",), "ROWS": 8, "BLOCK": 256, "num_warps": 4},
+    "row_norm._double_backward_kernel": {"only": ("fp32", "bf16"), "ROWS": 8, "BLOCK": 256, "num_warps": 4},
     "l2_step._l2_step_kernel": reduction_launch(150528),
 }
 ARITHMETIC_POINTERS = {"h_ptr", "w_ptr", "eps_ptr", "step_ptr"}  # of the dtype of the arithmetic, not the data's
@@ -54,7 +54,7 @@ def signature(name, dtype, options):
     module, function = name.split()[0].split(".")
     fn = importlib.import_module(f"fastcure_kernels.{module}").__dict__[function].jitted
     wide = "fp64" if dtype == "fp64" else "fp32"
-    arithmetic = ARITHMETIC_POINTERS - ({"v_ptr", "w_ptr"} if module == "gelu" else set())
+    arithmetic = ARITHMETIC_POINTERS - ({"v_ptr", "w_ptr"} if module in ("gelu", "row_norm") else set())
     constants = {"LOWER": 0.0, "UPPER": 1.0, "WANT_A": True, "WANT_B": True}
     constants |= {"WITH_B": True, "WITH_BIAS": True, "WITH_RESIDUAL": False, "WIDE": dtype == "fp64"}
     constants |= {k: v for k, v in options.items() if k not in ("num_warps", "only")}

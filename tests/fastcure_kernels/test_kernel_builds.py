@@ -30,7 +30,7 @@ def test_builds(target, tmp_path):
     run = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     builds = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(builds) == (35 if target == "sm_90" else 26)
+    assert len(builds) == (36 if target == "sm_90" else 27)
     for build in builds:
         operator = build["kernel"].split(".")[0]
         assert build["spilled"] == 0, build

@@ -15,9 +15,9 @@ def _guarded(guarded):
 def operands(shape, dtype, device):
     torch.manual_seed(0)
     v, w, x = (torch.randn(shape).to(device, dtype) for _ in range(3))
-    x = x + 0.5
-    m = x.mean(1, keepdim=True)
-    return v, w, x, m, ((x - m).square().mean(1, keepdim=True) + EPS).rsqrt()
+    wide = (x + 0.5).to(dtype if dtype == torch.float64 else torch.float32)
+    m = wide.mean(1, keepdim=True)
+    return v, w, wide.to(dtype), m, ((wide - m).square().mean(1, keepdim=True) + EPS).rsqrt()
 
 
 def truth(v, w, x):
@@ -29,7 +29,7 @@ def truth(v, w, x):
     return torch.autograd.grad(q, (w, x), v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 3), (130, 17), (3, 192), (2, 2500), (2, 8193), (0, 4)], ids=str)
 def test_values(device, close, shape, dtype):
     v, w, x, m, r = operands(shape, dtype, device)
