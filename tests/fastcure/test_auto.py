@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import relative
+from networks import relative, rounding
 from replayed import MODES, batch, closed_over, gradients, network, replays, same, train, warmed
 from rerun import Rerun
 from torch import nn
@@ -64,6 +64,21 @@ def test_shapes_and_models_in_turn(device: torch.device, options: dict[str, Any]
     for eager, model in pairs:
         assert replays(model) >= 2 * (5 - EAGER_RUNS)
         same(model, eager)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_replay_computes_in_the_precision_of_the_eager_step(device: torch.device, amp: bool) -> None:
+    models, (x, y) = [network(device).float() for _ in range(2)], batch(device, 0)
+    for model, engine in zip(models, ("eager", "auto"), strict=True):
+        cure = CURE(model, engine=engine)
+        for _ in range(EAGER_RUNS + 2):
+            cure.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                total = cure(x.float(), y).total
+            total.backward()
+    assert replays(models[1]) >= 1
+    limit = rounding(torch.bfloat16, 1) if amp else rounding(torch.float32, 100)
+    assert relative(*map(gradients, models)) < limit
 
 
 def change_hook(cure: CURE) -> None:
