@@ -14,7 +14,7 @@ SAMPLE ?= 12
 JOBS   ?= 2
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test api fuzz soak torchrun-soak mutate lint bench docs examples
+.PHONY: demo test api fuzz soak torchrun-soak mutate lint bench docs examples package pretrained tutorial
 
 # One thread: images so small gain little from more, and lose much where another process is busy.
 demo: $(VENV)/installed
@@ -32,6 +32,30 @@ test: lint
 examples: $(EXAMPLES)/installed
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python -m pytest tests/distributed/test_examples.py \
 		tests/fastcure/test_documents.py -k "example or process or it_runs or trainers" -v
+
+# Wheel and sdist into dist/, each then installed alone into a fresh environment and tried.
+package: $(VENV)/installed
+	rm -rf dist build/try && mkdir -p build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
+	for each in dist/*.whl dist/*.tar.gz; do \
+		rm -rf build/try && $(PYTHON) -m venv build/try \
+		&& build/try/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $$each \
+		&& (cd build && try/bin/fastcure --version && try/bin/fastcure env && try/bin/python ../tests/try_install.py) \
+		|| exit 1; \
+	done
+
+# The notebook's outputs and picture, and the page made from it.
+tutorial: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nbconvert nbclient ipykernel
+	cd docs && OMP_NUM_THREADS=1 ../$(BIN)/python -m nbconvert --execute --to notebook --inplace \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True tutorial.ipynb
+	cd docs && ../$(BIN)/python -m nbconvert --to markdown tutorial.ipynb
+
+# The robust network that comes with the library, trained anew and packed with its figures.
+pretrained: $(VENV)/installed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(KEEP) $(BIN)/fastcure finetune --preset digits --seed 0 --out $(OUT)
+	$(BIN)/python benchmarks/pack_pretrained.py $(OUT) resnet8-digits
 
 # After a change of the public API: its names and signatures, which a test compares, into tests/fastcure/public_api.txt.
 api: $(VENV)/installed

@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
+from fastcure import __version__
 from fastcure.cli import analyze, env, evaluate, finetune, report
 from fastcure.cli._process import CLOSED_PIPE, entry, fail
 
@@ -28,17 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, 1 if it met a NaN, 2 for bad input, 130 or 143 when stopped, 141 when nobody reads its output.
     """
-    parser = argparse.ArgumentParser(
-        prog="fastcure", description="CURE: curvature regularisation for robust classifiers"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        options: dict[str, Any] = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
-        command.add_arguments(commands.add_parser(name, argument_default=argparse.SUPPRESS, **options))
+    parser = make_parser()
     arguments = vars(parser.parse_args(argv))
     for name, value in arguments.items():
         if value == []:  # of Python 3.11 and `--name=--`
-            commands.choices[arguments["command"]].error(f"argument --{name.replace('_', '-')}: expected one argument")
+            parser.error(f"{arguments['command']}: argument --{name.replace('_', '-')}: expected one argument")
     try:
         COMMANDS[arguments.pop("command")].run(arguments)
         return 0
@@ -64,7 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(stop, "status", 130)
 
 
-__all__ = ["COMMANDS", "entry", "main"]
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; shtab makes the completion of a shell from it."""
+    parser = argparse.ArgumentParser(
+        prog="fastcure", description="CURE: curvature regularisation for robust classifiers"
+    )
+    parser.add_argument("--version", action="version", version=f"fastcure {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        options: dict[str, Any] = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
+        command.add_arguments(commands.add_parser(name, argument_default=argparse.SUPPRESS, **options))
+    return parser
+
+
+__all__ = ["COMMANDS", "entry", "main", "make_parser"]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastcure.models._pretrained import PRETRAINED, pretrained, pretrained_figures
 from fastcure.models.normalize import Normalize
 from fastcure.models.resnet import ResNet, resnet8, resnet18
 from fastcure.models.wide_resnet import WideResNet, wide_resnet28_10
@@ -49,4 +50,16 @@ def build(
     return MODELS[name](num_classes=num_classes, in_channels=in_channels, mean=mean, std=std, **arguments)
 
 
-__all__ = ["MODELS", "Normalize", "ResNet", "WideResNet", "build", "resnet8", "resnet18", "wide_resnet28_10"]
+__all__ = [
+    "MODELS",
+    "PRETRAINED",
+    "Normalize",
+    "ResNet",
+    "WideResNet",
+    "build",
+    "pretrained",
+    "pretrained_figures",
+    "resnet8",
+    "resnet18",
+    "wide_resnet28_10",
+]

@@ -1,5 +1,6 @@
 """What the documents name is there."""
 
+import json
 import os
 import re
 import subprocess
@@ -31,8 +32,11 @@ LONGEST_README = 120
 FRAMEWORKS = {"trainers": ("lightning", "accelerate", "transformers")}
 """What a page needs that the tests do not install: it runs where that is there."""
 WITH_BLOCKS = [
-    page for page in PAGES if document_blocks.blocks(page) and all(map(find_spec, FRAMEWORKS.get(page.stem, ())))
+    page
+    for page in PAGES
+    if document_blocks.blocks(page) and page.stem != "tutorial" and all(map(find_spec, FRAMEWORKS.get(page.stem, ())))
 ]
+"""`make tutorial` runs the tutorial, which trains a network."""
 
 
 def test_the_table_of_the_study_is_that_of_its_rows() -> None:
@@ -61,6 +65,20 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     environment = {**os.environ, "PYTHONPATH": path, **(torchrun if page.stem == "several-gpus" else {})}
     command = [sys.executable, str(Path(document_blocks.__file__)), str(page)]
     subprocess.run(command, check=True, env=environment, timeout=240)
+
+
+def test_the_tutorial_is_the_page_of_its_notebook_which_was_executed() -> None:
+    cells = json.loads((TESTS.parent / "docs" / "tutorial.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    page = TESTS.parent / "docs" / "tutorial.md"
+    assert [text.strip() for _, text in document_blocks.blocks(page)] == ["".join(cell["source"]) for cell in code]
+    lines = page.read_text().splitlines()
+    printed = [line for output in outputs for line in "".join(output.get("text", "")).splitlines()]
+    assert len(printed) > 10
+    assert not [line for line in printed if f"    {line}" not in lines]
 
 
 CHOICES: dict[tuple[str, str], set[str]] = {
