@@ -11,6 +11,8 @@ def as_written(figure: Any) -> None:
     Otherwise matplotlib takes what stands between two `$` for mathematics, and fails where it is none.
     """
     texts = list(figure.texts)  # the title of the figure among them
+    for legend in figure.legends:
+        texts += legend.get_texts()
     for axes in figure.axes:
         texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
         if hasattr(axes, "zaxis"):

@@ -20,9 +20,11 @@ from fastcure.analysis import (
     robustness_bounds,
 )
 from fastcure.attacks import deepfool, pgd
+from fastcure.attacks._arguments import Norm
 from fastcure.data import stratified
 from fastcure.evaluation.accuracy import accuracy
 from fastcure.evaluation.checklist import Item, masking_checklist
+from fastcure.evaluation.interval import wilson
 
 Row = dict[str, Any]
 Bar = Callable[[str, Iterable[Any]], Iterable[Any]]
@@ -52,13 +54,21 @@ class Images(NamedTuple):
         return Images(self.x[chosen], self.y[chosen])
 
 
-def accuracies(subjects: list[Subject], images: Images, radii: list[float], seed: int, bar: Bar) -> list[Row]:
-    """Clean accuracy, and under PGD-10 at each radius (table 1 and figure 4)."""
+def accuracies(
+    subjects: list[Subject], images: Images, radii: dict[Norm, list[float]], seed: int, bar: Bar
+) -> list[Row]:
+    """Accuracy under PGD-10 at each radius of each norm, 0 for clean accuracy, and its interval (table 1, figure 4)."""
     rows = []
     for name, model in subjects:
-        progress = partial(bar, f"PGD-10 on {name}")
-        curve = accuracy_curve(model, *images, radii, seed=seed, progress=progress)
-        rows += [{"model": name, "eps": e, "accuracy": a} for e, a in zip(radii, curve.accuracy.tolist(), strict=True)]
+        for norm, lengths in radii.items():
+            if not lengths:
+                continue
+            progress = partial(bar, f"PGD-10 ({norm}) on {name}")
+            curve = accuracy_curve(model, *images, lengths, norm=norm, seed=seed, progress=progress)
+            for eps, value in zip(lengths, curve.accuracy.tolist(), strict=True):
+                low, high = wilson(value, len(images.x))
+                row = {"model": name, "norm": norm, "eps": eps, "accuracy": value, "low": low, "high": high}
+                rows.append({**row, "images": len(images.x)})
     return rows
 
 
@@ -75,7 +85,8 @@ def profiles(subjects: list[Subject], images: Images, h: float, bar: Bar) -> lis
             progress = partial(bar, f"{method} eigenvalues of {name}")
             options: dict[str, Any] = {"method": method, "h": length, "k": k, "progress": progress}
             mean = curvature_profile(model, *images, **options).mean.tolist()
-            rows += [{"model": name, "method": method, "rank": i + 1, "eigenvalue": v} for i, v in enumerate(mean)]
+            about = {"model": name, "method": method, "h": length}
+            rows += [{**about, "rank": i + 1, "eigenvalue": v} for i, v in enumerate(mean)]
     return rows
 
 
@@ -154,7 +165,13 @@ def surfaces(subjects: list[Subject], images: Images, seed: int) -> list[tuple[s
 
 
 def checklists(
-    subjects: list[Subject], surrogate: nn.Module | None, images: Images, eps: float, seed: int, bar: Bar
+    subjects: list[Subject],
+    surrogate: nn.Module | None,
+    images: Images,
+    eps: float,
+    autoattack_images: int,
+    seed: int,
+    bar: Bar,
 ) -> list[tuple[str, list[Item]]]:
     """The gradient-masking checklist of each network; `surrogate` is one from standard training."""
     images = images.sample(CHECKED_IMAGES)
@@ -164,7 +181,6 @@ def checklists(
             continue
         generator = torch.Generator().manual_seed(seed)
         progress: Any = partial(bar, f"checklist of {name}")
-        found.append(
-            (name, masking_checklist(model, *images, eps, surrogate=surrogate, generator=generator, progress=progress))
-        )
+        options: dict[str, Any] = {"surrogate": surrogate, "generator": generator, "progress": progress}
+        found.append((name, masking_checklist(model, *images, eps, autoattack_images=autoattack_images, **options)))
     return found

@@ -88,7 +88,7 @@ def read_runs(runs: Sequence[str]) -> list[Settings]:
     """
     configs = [_config(Path(run)) for run in runs]
     for run, config in zip(runs, configs, strict=True):
-        for key in ("dataset", "model"):
+        for key in ("dataset", "image_size", "model", "model_arg"):
             ours, theirs = getattr(configs[0], key), getattr(config, key)
             if ours != theirs:
                 raise ValueError(f"runs must agree in {key}, got {ours} in {runs[0]} and {theirs} in {run}")

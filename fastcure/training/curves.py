@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import IO, Any
 
 from fastcure._figure_text import as_written
@@ -16,14 +17,16 @@ def draw_curves(
     file: IO[bytes],
     data: str,
     followed: int,
+    tested: int,
     title: str,
 ) -> None:
-    """Draw `history` (rows of history.csv, on `followed` images of `data`) and `metrics` (of metrics.json) as a PNG.
+    """Draw `history` (of history.csv, on `followed` images of `data`) and `metrics` (on `tested` images) as a PNG.
 
     The objective of fine-tuning is called `title`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,11 +47,15 @@ def draw_curves(
         by_penalty.plot(steps, penalties, color=ORANGE, ls="--", label="penalty")
     by_penalty.plot(steps, [row["loss"] for _, row in fine_tuned], color=BLUE, label="loss")
     by_penalty.set(xlabel="epoch", ylabel="mean of the epoch", yscale="log")
+    by_penalty.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    decades = _decades([row[name] for _, row in fine_tuned for name in ("loss", "penalty")])
+    by_penalty.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    by_penalty.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    by_penalty.yaxis.set_minor_formatter(NullFormatter())
     first = steps[0]
     if first > 1:
-        by_epoch.axvline(first - 0.5, color=GREY, lw=1, ls=":")
-        # On the left of the line, where accuracy under attack is still near 0 and clean accuracy near 1.
-        by_epoch.annotate(f"{title} starts", (first - 0.7, 0.5), color=GREY, rotation=90, va="center", ha="right")
+        by_epoch.axvline(first - 0.5, color=GREY, lw=1.4, ls=":", label=f"{title} starts")
+    by_epoch.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     for name, style, colour, words in (
         ("before", "--o", GREY, "before"),
@@ -59,10 +66,20 @@ def draw_curves(
             continue
         points = {0.0: metrics[name]["clean"], **{float(e): v for e, v in metrics[name]["pgd"].items()}}
         by_eps.plot(list(points), list(points.values()), style, color=colour, label=words)
-    by_eps.set(xlabel="eps of PGD-10, pixels in [0, 1]", ylabel="accuracy (test set)", ylim=(-0.02, 1.02))
+    by_eps.set(
+        xlabel="eps of PGD-10, pixels in [0, 1]", ylabel=f"accuracy ({tested:,} test images)", ylim=(-0.02, 1.02)
+    )
     for axes in (by_epoch, by_penalty, by_eps):
-        axes.legend(frameon=False)
+        # Above the axes, where it covers no curve, whatever their course; long names under one another.
+        columns = 2 if max(map(len, axes.get_legend_handles_labels()[1])) < 20 else 1
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     as_written(figure)
     figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
+def _decades(values: list[float]) -> float:
+    """Return how many powers of ten the positive ones among `values` span."""
+    logarithms = [math.log10(value) for value in values if value > 0 and math.isfinite(value)]
+    return max(logarithms) - min(logarithms) if logarithms else 0.0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastcure._environment import environment, pick_device
 from fastcure.data import Dataset, hold_out, limited, load, stratified
+from fastcure.evaluation.interval import wilson
 from fastcure.evaluation.network import check_network
 from fastcure.models import MODELS
 from fastcure.models.loading import load_model, parse_arguments
@@ -129,7 +130,7 @@ def _finetune(
         folder.write_json("metrics.json", metrics)
         try:
             picture = io.BytesIO()
-            draw_curves(progress.history, metrics, picture, data.name, len(held[1]), title)
+            draw_curves(progress.history, metrics, picture, data.name, len(held[1]), len(data.y_test), title)
         except Exception as error:  # the results are there without it
             reason = " ".join(str(error).split())[:200]
             warnings.append(f"curves.png could not be drawn ({type(error).__name__}: {reason})")
@@ -141,6 +142,8 @@ def _finetune(
         folder.write_json("environment.json", {**environment(ranks.device), **found, **about})
         folder.finish()
     say(table(metrics, title))
+    low, high = wilson(0.5, len(data.y_test))
+    say(f"{len(data.y_test):,} test images: a 95 % interval (Wilson) is {100 * (high - low):.1f} points wide at most")
     for warning in warnings:
         say(f"warning: {warning}")
     say(f"results in {folder.path}")

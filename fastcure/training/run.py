@@ -320,7 +320,8 @@ class Run:
         x, y = self.held
         chosen, device = stratified(y, settings.track, settings.seed), self.ranks.device
         images = x[chosen].to(device), y[chosen].to(device)
-        rows = [*progress.track, track_row(self.model, *images, progress.epoch, settings.seed)]
+        row = track_row(self.model, *images, epoch=progress.epoch, seed=settings.seed, eps=settings.eps[-1])
+        rows = [*progress.track, row]
         if self.ranks.is_main_process:
             self.folder.write_csv("track.csv", rows)
         return rows

@@ -134,7 +134,7 @@ class Settings:
         None, "Training images held out to follow the run on (128, or a tenth of them if that is less)."
     )
     track: int = setting(
-        0, "Follow curvature and PGD-10 at eps 8/255 on so many of the images held out (track.csv).", alone=1000
+        0, "Follow curvature and PGD-10, also at eps 8/255, on so many images held out (track.csv).", alone=1000
     )
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
     amp: Literal["none", "bf16"] = setting("none", "The dtype of autocast.")

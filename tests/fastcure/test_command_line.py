@@ -75,9 +75,12 @@ OPTIONS = {
     "extremes",
     "report": "out data-dir device seed limit eps h",
 }
+READING = "model-arg image-size val-fraction workers"
 SHARED = {
-    "evaluate": "eot autoattack-images",
-    "report": "model checkpoint surrogate mean std dataset batch-size eps-l2 autoattack-images",
+    "finetune": f"{READING} mean std",
+    "evaluate": f"{READING} eot autoattack-images",
+    "analyze": READING,
+    "report": f"{READING} model checkpoint surrogate mean std dataset batch-size eps-l2 autoattack-images",
 }
 """Further options, whose values are read as others are."""
 
@@ -236,13 +239,13 @@ def test_a_config_of_wrong_types(
 @pytest.mark.parametrize(
     "track",
     [
-        "epoch,frobenius,along_z,clean,pgd\n0,1,1,1\n",
-        "epoch,frobenius,along_z,clean,pgd\n0,1,1,1,1\n1\n",
-        "epoch,frobenius,along_z,clean,pgd\n0,1,1,1,much\n",
+        "epoch,images,frobenius,along_z,clean,eps,pgd,pgd_paper\n0,1,1,1\n",
+        "epoch,images,frobenius,along_z,clean,eps,pgd,pgd_paper\n0,9,1,1,1,1,1,1\n1\n",
+        "epoch,images,frobenius,along_z,clean,eps,pgd,pgd_paper\n0,9,1,1,1,1,1,much\n",
         "epoch,frobenius\n0,1\n",
-        "epoch,frobenius,along_z,clean,pgd\n0,1,1,1,\x00\n",
+        "epoch,images,frobenius,along_z,clean,eps,pgd,pgd_paper\n0,9,1,1,1,1,1,\x00\n",
         "\udcff\udcfe",
-        'epoch,frobenius,along_z,clean,pgd\n0,1,1,1,"' + "9" * 200_000 + '"\n',
+        'epoch,images,frobenius,along_z,clean,eps,pgd,pgd_paper\n0,9,1,1,1,1,1,"' + "9" * 200_000 + '"\n',
     ],
 )
 def test_a_ragged_track(
@@ -253,7 +256,9 @@ def test_a_ragged_track(
     assert main(["report", *BASES["report"]]) == 2
     error = capsys.readouterr().err
     check_one_line(2, error, "report")
-    assert "track.csv must have a number in each of epoch, frobenius, along_z, clean, pgd" in error
+    assert (
+        "track.csv must have a number in each of epoch, images, frobenius, along_z, clean, eps, pgd, pgd_paper" in error
+    )
 
 
 HEAD = "import sys\nfrom torch import nn\nclass net(nn.Module):\n    def forward(self, x):\n"

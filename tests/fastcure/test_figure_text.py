@@ -22,9 +22,13 @@ HISTORY = [
 METRICS: Any = {name: {"clean": 0.7, "pgd": {"0.1": 0.2}} for name in ("before", "after")}
 
 
+def accuracy(model: str, eps: float) -> dict[str, Any]:
+    return {"model": model, "norm": "linf", "eps": eps, "accuracy": 0.5, "low": 0.4, "high": 0.6}
+
+
 def title_of_curves(name: str) -> bytes:
     file = io.BytesIO()
-    draw_curves(HISTORY, METRICS, file, name, 128, "CURE")
+    draw_curves(HISTORY, METRICS, file, name, 128, 450, "CURE")
     return file.getvalue()
 
 
@@ -76,7 +80,7 @@ def test_ticks_keep_their_exponents() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_figures_of_a_report_show_any_name(tmp_path: Path, name: str) -> None:
-    rows = [{"model": model, "eps": e, "accuracy": 0.5} for model in (name, "before CURE") for e in (0, 0.1)]
+    rows = [accuracy(model, e) for model in (name, "before CURE") for e in (0, 0.1)]
     figures.draw_accuracies(rows, tmp_path / "a.png")
     bounds = [{"model": name, "deepfool": 1.0, "pgd": 1.1, "lower": 0.9, "upper": 1.2}] * 2
     figures.draw_bounds(bounds, tmp_path / "b.png")
@@ -87,9 +91,9 @@ def test_the_figures_of_a_report_show_any_name(tmp_path: Path, name: str) -> Non
 def test_a_legend_shows_a_name_that_begins_with_an_underscore(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr(
-        figures, "as_written", lambda figure: shown.extend(t.get_text() for t in figure.axes[0].get_legend().texts)
+        figures, "as_written", lambda figure: shown.extend(t.get_text() for t in figure.legends[0].get_texts())
     )
-    figures.draw_accuracies([{"model": "_run", "eps": e, "accuracy": 0.5} for e in (0, 0.1)], io.BytesIO())
+    figures.draw_accuracies([accuracy("_run", e) for e in (0, 0.1)], io.BytesIO())
     assert [name.strip() for name in shown] == ["_run"]
 
 

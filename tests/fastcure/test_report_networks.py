@@ -2,14 +2,17 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcure.attacks import ATTACKS, autoattack
 from fastcure.cli import main
 
 MODULE = """
@@ -45,6 +48,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ATTACKS, "autoattack", partial(autoattack, attacks=("apgd-ce",)))
     return Place(tmp_path)
 
 
@@ -57,26 +61,39 @@ OUTSIDE = (
 )
 
 
+AUTO = ["--autoattack-images", "20"]
+
+
 def rows(path: str) -> list[dict[str, str]]:
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_any_network_beside_other_weights_of_it(place: Place) -> None:
-    assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--surrogate", "before.pt", "--h", "0.7"]) == 0
-    found = {(row["model"], float(row["eps"])): float(row["accuracy"]) for row in rows("report/figure4_accuracy.csv")}
+    assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--surrogate", "before.pt", "--h", "0.7", *AUTO]) == 0
+    curve = rows("report/figure4_accuracy.csv")
+    found = {(row["model"], float(row["eps"])): float(row["accuracy"]) for row in curve if row["norm"] == "linf"}
+    assert [float(row["eps"]) for row in curve if row["norm"] == "l2"] == [0.25, 0.5, 1.0] * 2
     for name, model in zip(("surrogate", "report_networks:network"), place.networks, strict=True):
         assert found[name, 0.0] == pytest.approx(clean(model, place.x, place.y), abs=1e-9)
         assert found[name, 0.1] <= found[name, 0.05] <= found[name, 0.0]
     checked = {row["model"]: row for row in rows("report/checklist.csv") if "black-box" in row["item"]}
     assert list(checked) == ["report_networks:network"]
     assert checked["report_networks:network"]["passed"] != ""  # the surrogate was attacked
+    table = {row["network"]: row for row in rows("report/table1.csv")}
+    mine = table["report_networks:network"]
+    low, high = binomtest(round(30 * found["surrogate", 0.0]), 30).proportion_ci(0.95, method="wilson")
+    assert table["surrogate"]["clean"].endswith(f"% [{100 * low:.1f}, {100 * high:.1f}]")
+    assert mine["images"] == "30"
+    assert mine["AutoAttack, eps 0.1"].endswith(" of 20")
+    assert table["surrogate"]["AutoAttack, eps 0.1"] == "-"
     assert json.loads(Path("report/settings.json").read_text())["settings"]["h"] == 0.7
     assert "<h1>report_networks:network on npz:data.npz</h1>" in Path("report/index.html").read_text()
 
 
 def test_a_network_alone_on_a_sample(place: Place) -> None:
-    assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--out", "alone", "--limit", "12"]) == 0
+    few = ["--limit", "6", "--autoattack-images", "0"]
+    assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--out", "alone", *few]) == 0
     assert {row["model"] for row in rows("alone/figure4_accuracy.csv")} == {"report_networks:network"}
     skipped = [row for row in rows("alone/checklist.csv") if row["passed"] == ""]
     assert "no surrogate" in next(row["evidence"] for row in skipped if "black-box" in row["item"])
