@@ -99,12 +99,22 @@ def on(name: str, run: Callable[..., Any], *operands: Tensor) -> Any:
         return run(*operands)
 
 
+def away_from_half(shape: tuple[int, ...]) -> Tensor:
+    """Uniform values in [0, 1] without (0.4, 0.6), where the mean is and a norm's ReLU has its kink.
+
+    Two means that round differently disagree on the mask of what lies between them: 16 of 2^28 values of float32 are
+    an error of 5e-4.
+    """
+    x = torch.rand(shape, device=DEVICE).mul_(0.8)
+    return x.add_((x >= 0.4).to(x.dtype), alpha=0.2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(benchmark: pytest.FixtureRequest, name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     torch.manual_seed(0)
-    operands = [torch.rand(BATCH, CHANNELS, SIDE, SIDE, device=DEVICE).to(dtype) for _ in range(case.operands)]
+    operands = [away_from_half((BATCH, CHANNELS, SIDE, SIDE)).to(dtype) for _ in range(case.operands)]
     to = torch.empty_like(operands[0])
     works: dict[str, Callable[[], Any]] = {"copy": partial(to.copy_, operands[0])}
     if DEVICE.type == "cuda":

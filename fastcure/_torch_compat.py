@@ -155,6 +155,8 @@ def has_python_reducer(ddp: DistributedDataParallel) -> bool:
 
 # Subclasses of Tensor, and operators.
 
+no_torch_function = torch._C._disabled_torch_function_impl
+"""As `__torch_function__` of a subclass: functions take it for a tensor, and operators alone tell it apart."""
 without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 """Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""
 math_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_attention_math
@@ -179,6 +181,13 @@ def without_storage(cls: type[SomeTensor], like: Tensor, strides: bool = False) 
 def is_in_place(operator: Any) -> bool:
     """Tell whether an operator, as `__torch_dispatch__` is given it, writes into an argument."""
     return operator._schema.is_mutable
+
+
+def written_arguments(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return those arguments of an operator, as `__torch_dispatch__` is given it, into which it writes."""
+    declared = operator._schema.arguments
+    written = [(i, each.name) for i, each in enumerate(declared) if each.is_write]
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
 
 
 def operator_name(operator: Any) -> str:

@@ -13,6 +13,7 @@ from fastcure._functional import FunctionalLoss, evaluation_mode, input_gradient
 from fastcure._model_lock import one_thread
 from fastcure.engines.base import Evaluation, Graph, GraphEngine, Request, evaluation
 from fastcure.engines.eager import second_point
+from fastcure.rules.context import fused_norms
 
 
 class State(NamedTuple):
@@ -26,8 +27,8 @@ class LossOnly(GraphEngine):
     """3 F where the loss is at x, 5 F at x + h z. Not one of `ENGINES`: its penalty is 0.
 
     Args:
-        folded: whether to take the layers that `fastcure.prepare` found. Activation checkpointing, which the exact
-            engines refuse, would recompute them without.
+        folded: whether to take the layers that `fastcure.prepare` found, and norms with their ReLUs as kernels of ours.
+            Activation checkpointing, which the exact engines refuse, would recompute them without.
     """
 
     training_norms = True
@@ -42,7 +43,8 @@ class LossOnly(GraphEngine):
         # A model that differentiates itself needs an input that requires grad; it costs nothing where nobody asks.
         point, step = x.detach().requires_grad_(differentiable or at_step), None
         layers = folded_layers(functional.model) if self.folded else nullcontext()
-        with layers, torch.set_grad_enabled(differentiable or at_step):
+        norms = fused_norms(x) if self.folded else nullcontext()
+        with layers, norms, torch.set_grad_enabled(differentiable or at_step):
             logits, loss = functional(point, y)
             if at_step:
                 g = input_gradient(loss, point)

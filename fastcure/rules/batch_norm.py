@@ -3,7 +3,9 @@
 By given statistics it is an affine map of each channel, `s x + t`, and its double backward a few products.
 
 By the batch's, its passes and their formulas are those of `fastcure_kernels.batch_norm`: kernels on a GPU, elsewhere
-torch's own first derivative and a few operators. torch composes the double backward of some thirty passes.
+torch's own first derivative and a few operators. torch composes the double backward of some thirty passes. Where
+kernels run, the output waits for what follows (`fastcure.rules.pending_norm`), and a residual and a ReLU are part of
+the same passes.
 
 The last backward reaches x twice, through the gradient that the first one made and through the output. Both are one
 combination of four tensors: the node of the first leaves its operands with that of the second, which runs later, since
@@ -12,14 +14,16 @@ an edge from one to the other makes it wait. `instance_norm` is made of `batch_n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastcure_kernels import batch_norm as passes
 from torch import Tensor
 
 from fastcure._torch_compat import backward_id, engine_will_execute
+from fastcure.rules.gate import gate
 from fastcure.rules.passes import refuse_batched, save, saved, wanted
+from fastcure.rules.pending_norm import PendingNorm, Seen, Sum
 
 
 def batch_norm(
@@ -39,7 +43,7 @@ def batch_norm(
     if x.dim() < 2 or not x.numel() or any(t.dtype != wide or t.shape != x.shape[1:2] for t in given):
         return NotImplemented
     if training:
-        return _BatchNorm.apply(x, weight, bias, mean, var, momentum, eps)[0]
+        return _by_the_batch(x, weight, bias, None if mean is None or var is None else (mean, var), momentum, eps)
     if mean is None or var is None:
         return NotImplemented
     # A copy: a later forward in training mode changes running statistics in place, without telling autograd.
@@ -51,8 +55,61 @@ def batch_norm(
 RULES = {"batch_norm": batch_norm}
 
 
+def training_batch_norm(x: Tensor, *args: Any) -> Tensor:
+    """The same by the batch's statistics alone; arguments are those of `batch_norm`."""
+    training = args[4]
+    return batch_norm(x, *args) if training else NotImplemented
+
+
+def relu_of(pending: PendingNorm, in_place: bool) -> Tensor:
+    """Take a norm that waits, and what was added to it; NotImplemented if it waits no longer."""
+    total = pending.total
+    if total is None or (in_place and pending.plain is not None):  # of which there may be views
+        return NotImplemented
+    y = total.finish(relu=True)
+    if in_place:
+        pending.seen.overwritten()
+    norm = total.norm.after(y, total.residual is not None, relu=True)
+    made = _Made(y, norm, total.eps, total.seen)
+    z: Tensor = _BatchNorm.apply(total.x, total.weight, total.bias, total.residual, pending, made)[0]
+    return pending.becomes(z) if in_place else z
+
+
+def _by_the_batch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    y: Tensor
+    with torch.no_grad():
+        if not passes.runs_as_kernels(x):
+            y, norm = passes.forward(x, weight, bias, running, momentum, eps)
+        else:
+            norm = passes.measure(x, weight, bias, running, momentum, eps)
+            total = Sum(norm, x, weight, bias, eps).plus(None)
+            y = PendingNorm.of(total)
+    return _BatchNorm.apply(x, weight, bias, None, None, _Made(y, norm, eps))[0]
+
+
+class _Made(NamedTuple):
+    """An output, and of what."""
+
+    y: Tensor
+    norm: passes.Norm
+    eps: float
+    seen: tuple[Seen, ...] = ()
+    """Of the tensors between the norm and its ReLU."""
+
+
 class _BatchNorm(torch.autograd.Function):
-    """The output, and an empty tensor by which the nodes of its gradients refer to this one."""
+    """The output, and an empty tensor by which the nodes of its gradients refer to this one.
+
+    With a ReLU there is a second way to x and the residual, through `pending`, the sum before the ReLU: gradients take
+    it where somebody can see them there.
+    """
 
     @staticmethod
     def forward(
@@ -60,88 +117,109 @@ class _BatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        momentum: float,
-        eps: float,
+        residual: Tensor | None,
+        pending: Tensor | None,
+        made: _Made,
     ) -> tuple[Tensor, Tensor]:
-        running = None if mean is None or var is None else (mean, var)
-        y, norm = passes.forward(x, weight, bias, running, momentum, eps)
+        y, norm, ctx.eps, ctx.seen = made
         token = x.new_empty(0)
         dense = None if norm.x is x else norm.x
-        save(ctx, x, weight, token, dense, norm.stats)
+        save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.left = eps, {}
+        ctx.relu, ctx.residual, ctx.left = norm.relu, norm.y is not None, {}
         return y, token
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Any, ...]:
-        x, weight, token, dense, stats = saved(ctx)
         left = ctx.left.pop(backward_id(), [])
+        if g is None and not left:
+            return (None,) * 6
+        x, weight, token, dense, stats, y = saved(ctx)
         if g is not None:
             refuse_batched(g)
+        through = None
+        if g is not None and any(ctx.seen):
+            through, g = gate(g, y), None
         if g is not None and torch.is_grad_enabled():
             # create_graph: the input gradient becomes a node with the rule above.
-            want, sum_of = wanted(ctx, 3), _all_but_channels(x)
-            g_x = _InputGradient.apply(token, g, x, weight, dense, stats, ctx.eps, ctx.left) if want[0] else None
-            w = g.to(stats.dtype)
-            g_weight = (w * _normalised(x.to(w.dtype), ctx.eps)).sum(sum_of) if want[1] else None
-            return g_x, g_weight, w.sum(sum_of) if want[2] else None, None, None, None, None
-        norm = _norm(x, weight, dense, stats)
-        found = [passes.last_backward(norm, g if i == 0 else None, *operands)[:2] for i, operands in enumerate(left)]
+            want = wanted(ctx, 4)
+            operands = token, g, x, weight, dense, stats, y, ctx.residual, ctx.eps, ctx.left
+            g_x, g_residual = _InputGradient.apply(*operands) if want[0] or want[3] else (None, None)
+            g_weight = g_bias = None
+            if any(want[1:3]):
+                w = (g if y is None else gate(g, y)).to(stats.dtype)
+                g_weight = (w * _normalised(x.to(w.dtype), ctx.eps)).sum(_all_but_channels(x)) if want[1] else None
+                g_bias = w.sum(_all_but_channels(x)) if want[2] else None
+            return g_x, g_weight, g_bias, g_residual, through, None
+        norm = _norm(x, weight, dense, stats, y, ctx.residual)
+        found = [passes.last_backward(norm, g if i == 0 else None, *operands) for i, operands in enumerate(left)]
         if not left and g is not None:
-            found = [passes.backward(norm, g)[:2]]
+            found = [passes.backward(norm, g)]
         if not found:
-            return (None,) * 7
-        g_x, sums = found[0]
-        for more_x, more_sums in found[1:]:
+            return None, None, None, None, through, None
+        g_x, sums, masked = found[0]
+        for more_x, more_sums, _ in found[1:]:
             g_x, sums = g_x + more_x, sums + more_sums
         parameters = (
             total if need else None for total, need in zip(sums.flip(0), ctx.needs_input_grad[1:], strict=False)
         )
-        return g_x, *parameters, None, None, None, None
+        return g_x, *parameters, masked if ctx.residual else None, through, None
 
 
 class _InputGradient(torch.autograd.Function):
-    """`q`."""
+    """`q`, and with a residual `w`, its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         token: Tensor,
-        w: Tensor,
+        g: Tensor,
         x: Tensor,
         weight: Tensor | None,
         dense: Tensor | None,
         stats: Tensor,
+        y: Tensor | None,
+        residual: bool,
         eps: float,
         left: dict[int, list[tuple[Tensor, ...]]],
-    ) -> Tensor:
-        q, sums, _ = passes.backward(_norm(x, weight, dense, stats), w)
-        save(ctx, w, x, weight, dense, stats, sums)
-        ctx.eps, ctx.left = eps, left
-        return q
+    ) -> tuple[Tensor, Tensor | None]:
+        q, sums, w = passes.backward(_norm(x, weight, dense, stats, y, residual), g)
+        save(ctx, w, x, weight, dense, stats, sums, y)
+        ctx.set_materialize_grads(False)
+        ctx.residual, ctx.eps, ctx.left = residual, eps, left
+        return q, w if residual else None
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        refuse_batched(v)
-        w, x, weight, dense, stats, w_sums = saved(ctx)
+    def backward(ctx: Any, v: Tensor | None, v_residual: Tensor | None) -> tuple[Any, ...]:
+        for each in (v, v_residual):
+            if each is not None:
+                refuse_batched(each)
+        w, x, weight, dense, stats, w_sums, y = saved(ctx)
+        if v is None:
+            return None, v_residual if v_residual is None else gate(v_residual, y), *(None,) * 8
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
-            # Of views: w may depend on x, and that is not asked for here.
-            w, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)
-            inputs = [t for t, want in zip((w, x, weight), ctx.needs_input_grad[1:4], strict=True) if want]
-            y = _normalised(x.to(stats.dtype), ctx.eps) * (1.0 if weight is None else _as_channels(weight, x))
-            (again,) = torch.autograd.grad(y, x, w.to(y.dtype), create_graph=True)
-            found = iter(torch.autograd.grad(again, inputs, v, create_graph=True))
-            return None, *(next(found) if want else None for want in ctx.needs_input_grad[1:4]), *(None,) * 4
-        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats), v, w)
+            # Of views: g may depend on x, and that is not asked for here. What is gated may be gated again.
+            g, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)
+            inputs = [t for t, want in zip((g, x, weight), ctx.needs_input_grad[1:4], strict=True) if want]
+            w = g if y is None else gate(g, y)
+            z = _normalised(x.to(stats.dtype), ctx.eps) * (1.0 if weight is None else _as_channels(weight, x))
+            (again,) = torch.autograd.grad(z, x, w.to(z.dtype), create_graph=True)
+            results, directions = [again], [v]
+            if v_residual is not None:
+                results, directions = [again, w], [v, v_residual]
+            found = iter(torch.autograd.grad(results, inputs, directions, create_graph=True))
+            return None, *(next(found) if want else None for want in ctx.needs_input_grad[1:4]), *(None,) * 6
+        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats, y, ctx.residual), v, w, v_residual)
         if engine_will_execute(ctx.next_functions[0][0]):  # the norm's, which runs after all nodes of its gradients
             ctx.left.setdefault(backward_id(), []).append((v, w, v_sums, w_sums))
-        return None, u, *(None,) * 6
+        return None, u, *(None,) * 8
 
 
-def _norm(x: Tensor, weight: Tensor | None, dense: Tensor | None, stats: Tensor) -> passes.Norm:
-    return passes.Norm(x if dense is None else dense, stats, weight)
+def _norm(
+    x: Tensor, weight: Tensor | None, dense: Tensor | None, stats: Tensor, y: Tensor | None, residual: bool
+) -> passes.Norm:
+    norm = passes.Norm(x if dense is None else dense, stats, weight)
+    return norm if y is None else norm.after(y, residual, relu=True)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+from fastcure_kernels.backend import use_triton
 from torch import Tensor, nn
 
 from fastcure._torch_compat import in_forward_mode, in_functorch_transform, set_thread_local, thread_local
 from fastcure.rules import attention, batch_norm, convolution, gelu, hard_activations, relu, row_norms
+from fastcure.rules.pending_norm import PendingNorm
 
 Rule = Callable[..., Any]
 """Takes the operator's arguments; returns what it returns, or NotImplemented for torch's own."""
 
 FILES = (attention, batch_norm, convolution, gelu, hard_activations, relu, row_norms)
 RULES: dict[str, Rule] = {operator: rule for file in FILES for operator, rule in file.RULES.items()}
+FUSED: dict[str, Rule] = {"batch_norm": batch_norm.training_batch_norm, **relu.RULES}
 KEYS = ("AutogradCPU", "AutogradCUDA") if torch.backends.cuda.is_built() else ("AutogradCPU",)
 
 
@@ -58,13 +61,29 @@ def double_backward() -> Iterator[None]:
         ...     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
         >>> g.square().sum().backward()
     """
+    with _applied(RULES):
+        yield
+
+
+@contextmanager
+def fused_norms(x: Tensor) -> Iterator[None]:
+    """Run training-mode batch norms and the ReLUs behind them as kernels of ours, where those run on `x`.
+
+    For passes that are differentiated once: of them no other rule is cheaper than torch's own operator.
+    """
+    with _applied(FUSED) if use_triton(x) else nullcontext():
+        yield
+
+
+@contextmanager
+def _applied(rules: dict[str, Rule]) -> Iterator[None]:
     _install()
-    depth = _depth()
-    set_thread_local(_KEY, depth + 1)
+    before = _rules()
+    set_thread_local(_KEY, before if len(before) > len(rules) else rules)
     try:
         yield
     finally:
-        set_thread_local(_KEY, depth)
+        set_thread_local(_KEY, before)
         _remove()
 
 
@@ -74,24 +93,24 @@ _open = 0
 _library: torch.library.Library | None = None
 
 
-def _depth() -> int:
-    """How many contexts this thread is in.
+def _rules() -> dict[str, Rule]:
+    """Those that apply in this thread.
 
     Kept in torch's own thread-local state: autograd gives it to the threads in which it runs a backward on a GPU, where
     activation checkpointing runs the forward again.
     """
-    return thread_local(_KEY, 0)
+    return thread_local(_KEY, {})
 
 
 def _install() -> None:
-    """Put the rules at their key: once for all threads, each of which asks `_depth` whether they apply to it."""
+    """Put the rules at their key: once for all threads, each of which asks `_rules` whether they apply to it."""
     global _open, _library
     with _lock:
         if _library is None:
             _library = torch.library.Library("aten", "IMPL")
-            for operator, rule in RULES.items():
+            for operator in RULES:
                 for key in KEYS:
-                    _library.impl(operator, _kernel(rule, _original(operator, key)), key, with_keyset=True)
+                    _library.impl(operator, _kernel(operator, _original(operator, key)), key, with_keyset=True)
         _open += 1
 
 
@@ -112,9 +131,14 @@ def _original(operator: str, key: str) -> Any:
     return torch.library.get_kernel(f"aten::{operator}", key)
 
 
-def _kernel(rule: Rule, original: Any) -> Callable[..., Any]:
+def _kernel(operator: str, original: Any) -> Callable[..., Any]:
+    takes_pending = operator in relu.RULES or operator.endswith("_")
+
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if _depth() and torch.is_grad_enabled() and _ordinary(args) and not _in_transform():
+        rule = _rules().get(operator)
+        if rule and torch.is_grad_enabled() and _ordinary(args) and not _in_transform():
+            if not takes_pending:
+                args = tuple(arg.settled() if isinstance(arg, PendingNorm) else arg for arg in args)
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -127,7 +151,7 @@ def _ordinary(args: tuple[Any, ...]) -> bool:
     """Tell whether gradients are wanted of tensors that the rules know."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     return any(tensor.requires_grad for tensor in tensors) and all(
-        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_complex() for tensor in tensors
+        type(tensor) in (Tensor, nn.Parameter, PendingNorm) and not tensor.is_complex() for tensor in tensors
     )
 
 

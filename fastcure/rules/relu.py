@@ -13,16 +13,24 @@ from fastcure_kernels.backend import use_triton
 from torch import Tensor
 
 from fastcure._torch_compat import is_view
+from fastcure.rules.batch_norm import relu_of
+from fastcure.rules.gate import gate
 from fastcure.rules.passes import refuse_batched, save, saved
+from fastcure.rules.pending_norm import PendingNorm
 
 
 def relu(x: Tensor) -> Tensor:
     """`max(x, 0)`."""
+    if isinstance(x, PendingNorm):
+        y = relu_of(x, in_place=False)
+        return relu(x.settled()) if y is NotImplemented else y
     return _ReLU.apply(x, False) if use_triton(x) else NotImplemented
 
 
 def relu_(x: Tensor) -> Tensor:
     """The same in place; torch's own for views and for leaves, of which it refuses those that require grad."""
+    if isinstance(x, PendingNorm) and (y := relu_of(x, in_place=True)) is not NotImplemented:
+        return y
     return _ReLU.apply(x, True) if use_triton(x) and not is_view(x) and not x.is_leaf else NotImplemented
 
 
@@ -42,19 +50,4 @@ class _ReLU(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         refuse_batched(g)
         (y,) = saved(ctx)
-        return _Gate.apply(g, y.detach()), None
-
-
-class _Gate(torch.autograd.Function):
-    """`g` where y > 0: linear, and its own transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, y: Tensor) -> Tensor:
-        save(ctx, y)
-        return torch.ops.aten.threshold_backward(g, y, 0)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
-        refuse_batched(v)
-        (y,) = saved(ctx)
-        return _Gate.apply(v, y), None
+        return gate(g, y), None

@@ -123,6 +123,10 @@ class Norm(NamedTuple):
     """The output, where a residual was added and a ReLU taken."""
     relu: bool = False
 
+    def after(self, y: Tensor, residual: bool, relu: bool) -> Norm:
+        """The same of the output `y`, to which a residual was added and of which a ReLU was taken, or not."""
+        return self._replace(y=y if relu and residual else None, relu=relu)
+
     @property
     def gate(self) -> int:
         """How the mask is found."""
@@ -151,20 +155,39 @@ def forward(
         residual: is added to the norm, of the shape and dtype of `x`.
         relu: take max(z, 0).
     """
-    layout = Layout.of(x)
-    x = layout.lay(x)
-    if not _kernels(x):
-        mean, var = running or (None, None)
-        y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-        stats = torch.stack([m, r, r if weight is None else r * weight, torch.zeros_like(m) if bias is None else bias])
-        if residual is not None:  # rounded once
-            y = (_standard(x, stats) + residual).to(x.dtype)
-        y = torch.relu_(y) if relu else y
-    else:
-        stats = statistics(x, weight, bias, running, momentum, eps)
-        residual = None if residual is None else layout.lay(residual)
-        y = _combine(x, stats, stats, residual=residual, gate_out=RELU if relu else GATE_NONE)
-    return y, Norm(x, stats, weight, y if relu and residual is not None else None, relu)
+    if runs_as_kernels(x):
+        norm = measure(x, weight, bias, running, momentum, eps)
+        y = finish(norm, residual, relu)
+        return y, norm.after(y, residual is not None, relu)
+    x = Layout.of(x).lay(x)
+    mean, var = running or (None, None)
+    y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+    stats = torch.stack([m, r, r if weight is None else r * weight, torch.zeros_like(m) if bias is None else bias])
+    norm = Norm(x, stats, weight)
+    if residual is not None:  # rounded once
+        y = (_standard(x, stats) + residual).to(x.dtype)
+    y = torch.relu_(y) if relu else y
+    return y, norm.after(y, residual is not None, relu)
+
+
+def measure(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    momentum: float,
+    eps: float,
+) -> Norm:
+    """The first half of `forward` as kernels: statistics, of which `finish` makes the output."""
+    x = Layout.of(x).lay(x)
+    return Norm(x, statistics(x, weight, bias, running, momentum, eps), weight)
+
+
+def finish(norm: Norm, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """The second half: y."""
+    residual = None if residual is None else Layout.of(norm.x).lay(residual)
+    gate = RELU if relu else GATE_NONE
+    return _combine(norm.x, norm.stats, norm.stats, residual=residual, gate_out=gate)
 
 
 def backward(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +196,7 @@ def backward(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The sums are the gradients of bias and weight. Where the mask is found from x, w is given out as g, and masked again
     wherever it is read.
     """
-    if not _kernels(norm.x):
+    if not runs_as_kernels(norm.x):
         w = _masked(norm, g)
         q, found = _native(norm, w)
         return q, found, w if norm.gate == GATE_OUTPUT else g
@@ -195,7 +218,7 @@ def double_backward(norm: Norm, v: Tensor, w: Tensor, v_residual: Tensor | None 
     Returns:
         What goes to the gradient at y; sums of v, v x_hat and v w.
     """
-    if not _kernels(norm.x):
+    if not runs_as_kernels(norm.x):
         u, found = _native(norm, v)
         masked = w if norm.gate == GATE_OUTPUT else _masked(norm, w)
         products = (v * masked).sum(_rows(v), dtype=found.dtype)
@@ -225,7 +248,7 @@ def last_backward(
         The gradients of x, of bias and weight (2, C), and w2, masked where there is a residual.
     """
     gate_in = norm.gate == GATE_OWN
-    if _kernels(norm.x):
+    if runs_as_kernels(norm.x):
         layout = Layout.of(norm.x)
         g = None if g is None else layout.lay(g)
         found, coefficients, w2 = sums(g, norm.x, norm.stats, norm.gate, norm.y, second=(v_sums, w_sums))
@@ -249,8 +272,8 @@ def last_backward(
     return g_x.add_(direct).to(x.dtype), found + to_weight, g if gate_in else w2
 
 
-def _kernels(x: Tensor) -> bool:
-    """Whether kernels run: they count the values of a channel in 32 bits."""
+def runs_as_kernels(x: Tensor) -> bool:
+    """Whether kernels run on `x` (B, C, ...): they count the values of a channel in 32 bits."""
     return use_triton(x) and x.numel() // x.shape[1] < 2**30
 
 

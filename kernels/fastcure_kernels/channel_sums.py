@@ -80,7 +80,7 @@ def _statistics_kernel(
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(dtype) - near
         counts += tl.where(rows < stop, 1.0, 0.0).to(dtype)
         apart = tl.where(inside, x - mean, 0.0)
-        mean += apart / tl.maximum(counts, 1.0)[:, None]
+        mean += apart * (1.0 / tl.maximum(counts, 1.0))[:, None]  # a division a row, not an element
         square += tl.where(inside, apart * (x - mean), 0.0)
         start += ROWS
     total = tl.sum(counts, 0)
