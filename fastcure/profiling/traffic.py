@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class TrafficCounter(TorchDispatchMode):
     """
 
     total: int = 0
+    launches: int = 0
+    """How many of them move anything: one of torch's may launch several kernels, or none of its own on a CPU."""
     _in_operator: bool = False
 
     def __enter__(self) -> TrafficCounter:
@@ -62,7 +65,7 @@ class TrafficCounter(TorchDispatchMode):
             inputs, flag = READ_TWICE.get(packet, (0, 0))
             again = args[:inputs] if inputs and args[flag] else ()
             moved = tree_leaves((args, kwargs, out, again))
-            self.total += sum(_bytes(leaf) for leaf in moved if isinstance(leaf, Tensor))
+            self._add(leaf for leaf in moved if isinstance(leaf, Tensor))
         return out
 
     def _launched(self, args: tuple[object, ...]) -> None:
@@ -70,7 +73,12 @@ class TrafficCounter(TorchDispatchMode):
         if not self._in_operator:
             # One that a launch does not need is stood in for by another.
             tensors = {arg.data_ptr(): arg for arg in args if isinstance(arg, Tensor)}
-            self.total += sum(_bytes(tensor) for tensor in tensors.values())
+            self._add(tensors.values())
+
+    def _add(self, tensors: Iterable[Tensor]) -> None:
+        moved = sum(map(_bytes, tensors))
+        self.total += moved
+        self.launches += moved > 0
 
 
 def _bytes(x: Tensor) -> int:

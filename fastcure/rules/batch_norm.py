@@ -63,8 +63,8 @@ def training_batch_norm(x: Tensor, *args: Any) -> Tensor:
 
 def relu_of(pending: PendingNorm, in_place: bool) -> Tensor:
     """Take a norm that waits, and what was added to it; NotImplemented if it waits no longer."""
-    total = pending.total
-    if total is None or (in_place and pending.plain is not None):  # of which there may be views
+    total = pending.waiting()
+    if total is None:
         return NotImplemented
     y = total.finish(relu=True)
     if in_place:

@@ -86,7 +86,7 @@ class PendingNorm(Tensor):
 
     __torch_function__ = no_torch_function
     total: Sum | None
-    """What waits; None once it was changed in place."""
+    """What waits, or waited; None once it was changed in place."""
     plain: Tensor | None
     """The values, once computed, without a history."""
     became: Tensor | None
@@ -100,6 +100,10 @@ class PendingNorm(Tensor):
         out.seen, out.plain, out.became = Seen(out), None, None
         out.total = total._replace(seen=(*total.seen, out.seen))
         return out
+
+    def waiting(self) -> Sum | None:
+        """Return the sum, if nothing has read it, so that there are no views of it, nor cut off its history."""
+        return None if self.plain is not None or self.is_leaf or not torch.is_grad_enabled() else self.total
 
     def becomes(self, y: Tensor) -> PendingNorm:
         """Turn into `y`, as an operator in place does."""
@@ -175,16 +179,15 @@ def _joined(a: Any, b: Any, *, in_place: bool) -> PendingNorm | None:
         return None
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return None
-    pairs = [(a, b)] if in_place else [(a, b), (b, a)]
-    for first, other in pairs:
-        if isinstance(first, PendingNorm) and first.total is not None and first.total.residual is None:
-            if isinstance(other, PendingNorm) and other.became is not None:
-                other = other.became
-            if not in_place:
-                return PendingNorm.of(first.total.plus(other))
-            if first.plain is None:  # else there may be views of it
-                first.total = first.total.plus(other)
-                return first
+    for first, other in [(a, b)] if in_place else [(a, b), (b, a)]:
+        total = first.waiting() if isinstance(first, PendingNorm) else None
+        if total is None or total.residual is not None:
+            continue
+        total = total.plus(other if not isinstance(other, PendingNorm) or other.became is None else other.became)
+        if not in_place:
+            return PendingNorm.of(total)
+        first.total = total
+        return first
     return None
 
 

@@ -339,6 +339,29 @@ def test_operators_are_counted_at_the_dispatcher() -> None:
     assert compat.unsafe_view in [func for _, func in calls]
 
 
+@breaks("norms that wait would be computed at once, or written to unseen")
+def test_a_subclass_may_leave_functions_alone_and_operators_tell_what_they_write() -> None:
+    seen = []
+
+    class Below(torch.Tensor):
+        __torch_function__ = compat.no_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append([compat.operator_name(func), *compat.written_arguments(func, args, kwargs or {})])
+            return torch.ones(2)
+
+    x, y = compat.without_storage(Below, torch.ones(2)), torch.zeros(2)
+    assert type(torch.nn.functional.relu(x)) is torch.Tensor
+    torch.add(x, x, out=y)
+    x.add_(x)
+    assert seen[0] == ["relu"]
+    assert seen[1][0] == "add"
+    assert seen[1][1] is y
+    assert seen[2][0] == "add_"
+    assert seen[2][1] is x
+
+
 @breaks("tensors within lists and dicts would be passed over")
 def test_trees_are_walked() -> None:
     tree = {"a": [1, (2, None)], "b": 3}
