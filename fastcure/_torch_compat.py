@@ -155,7 +155,7 @@ def has_python_reducer(ddp: DistributedDataParallel) -> bool:
 
 # Subclasses of Tensor, and operators.
 
-no_torch_function = torch._C._disabled_torch_function_impl
+no_torch_function: Any = torch._C._disabled_torch_function_impl
 """As `__torch_function__` of a subclass: functions take it for a tensor, and operators alone tell it apart."""
 without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 """Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""

@@ -137,7 +137,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, token, dense, stats, y = saved(ctx)
         if g is not None:
             refuse_batched(g)
-        through = None
+        through: Tensor | None = None
         if g is not None and any(ctx.seen):
             through, g = gate(g, y), None
         if g is not None and torch.is_grad_enabled():
@@ -145,7 +145,8 @@ class _BatchNorm(torch.autograd.Function):
             want = wanted(ctx, 4)
             operands = token, g, x, weight, dense, stats, y, ctx.residual, ctx.eps, ctx.left
             g_x, g_residual = _InputGradient.apply(*operands) if want[0] or want[3] else (None, None)
-            g_weight = g_bias = None
+            g_weight: Tensor | None = None
+            g_bias: Tensor | None = None
             if any(want[1:3]):
                 w = (g if y is None else gate(g, y)).to(stats.dtype)
                 g_weight = (w * _normalised(x.to(w.dtype), ctx.eps)).sum(_all_but_channels(x)) if want[1] else None
@@ -158,8 +159,8 @@ class _BatchNorm(torch.autograd.Function):
         if not found:
             return None, None, None, None, through, None
         g_x, sums, masked = found[0]
-        for more_x, more_sums, _ in found[1:]:
-            g_x, sums = g_x + more_x, sums + more_sums
+        for more in found[1:]:
+            g_x, sums = g_x + more[0], sums + more[1]
         parameters = (
             total if need else None for total, need in zip(sums.flip(0), ctx.needs_input_grad[1:], strict=False)
         )

@@ -118,7 +118,7 @@ class PendingNorm(Tensor):
     def register_hook(self, *args: Any) -> Any:
         """As in torch."""
         self.seen.asked = True
-        return super().register_hook(*args)  # type: ignore[no-untyped-call]
+        return super().register_hook(*args)
 
     def retain_grad(self) -> None:
         """As in torch."""
@@ -126,10 +126,10 @@ class PendingNorm(Tensor):
         super().retain_grad()
 
     @property
-    def grad_fn(self) -> Any:
+    def grad_fn(self) -> Any:  # type: ignore[override]
         """As in torch."""
         self.seen.asked = True
-        return Tensor.grad_fn.__get__(self)  # type: ignore[attr-defined]
+        return super().grad_fn
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
