@@ -47,8 +47,8 @@ def double_backward() -> Iterator[None]:
     | `hardsigmoid`, `hardswish` | a second derivative, where torch has none |
     | `scaled_dot_product_attention` | the kernel that has a second derivative |
 
-    On a GPU the output of a training-mode batch norm is computed when something reads it: a ReLU takes it, with what was
-    added to it, in one kernel. Until then it has no memory (`data_ptr` fails); operators and hooks find it as ever.
+    On a GPU the output of a training-mode batch norm is computed when something reads it: a ReLU takes it, with what
+    was added to it, in one kernel. Until then it has no memory (`data_ptr` fails); operators and hooks find it as ever.
 
     In a transform of `torch.func`, under forward-mode AD, for subclasses of Tensor and for dtypes that a rule does not
     know, torch's own operator runs. Other threads are not affected. Contexts may be nested. With activation
