@@ -25,6 +25,8 @@ BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#5
 WIDTH, DPI, TEXT = 8.6, 150, 10
 LINE = 92
 """Characters of a legend's line."""
+ROUND = (1, 2, 5, 10)
+"""Multiples at which ticks are set."""
 
 
 def draw_profiles(rows: list[Row], file: IO[bytes]) -> None:
@@ -72,7 +74,7 @@ def draw_surfaces(planes: list[tuple[str, LossSurface]], file: IO[bytes]) -> Non
         above.set(title=label(name), xlabel="normal", ylabel="random", zlim=(low, high))
         above.set_zlabel("minus the loss")
         for axis in (above.xaxis, above.yaxis, above.zaxis):
-            axis.set_major_locator(_ticker().MaxNLocator(4))
+            axis.set_major_locator(_ticker().MaxNLocator(4, steps=ROUND))
         below = figure.add_subplot(grid[2 * line + 1, column])
         filled = below.contourf(first, second, z, levels, cmap="cividis")
         below.contour(first, second, z, levels, colors="white", linewidths=0.4, linestyles="solid")
@@ -82,7 +84,7 @@ def draw_surfaces(planes: list[tuple[str, LossSurface]], file: IO[bytes]) -> Non
             below.set_ylabel("along a random direction, L2")
         flat.append(below)
     bar = figure.colorbar(filled, ax=flat, label="minus the loss")
-    bar.locator = _ticker().MaxNLocator(6)
+    bar.locator = _ticker().MaxNLocator(6, steps=ROUND)
     bar.update_ticks()
     _finish(figure, flat, file, bare=True)
 

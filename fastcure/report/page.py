@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from html import escape
 from typing import Any, NamedTuple
 
@@ -48,7 +49,9 @@ def table(heads: list[str], rows: list[list[Any]], paper: int = 0) -> str:
 
 
 def _cell(cell: Any) -> str:
-    return cell if isinstance(cell, Html) else escape(str(cell))
+    if isinstance(cell, Html):
+        return cell
+    return re.sub(r"(\[[\d.]+,) ([\d.]+\])", r"\1&nbsp;\2", escape(str(cell)))  # an interval stays on one line
 
 
 class Html(str):

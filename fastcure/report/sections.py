@@ -41,7 +41,7 @@ def accuracy_section(accuracies: list[Row], eps: float, checked: Checked, files:
         images = at[name, 0.0]["images"]
         cells = [with_interval(at[name, radius]["accuracy"], images) for radius in (0.0, *radii)]
         found = evidence.get(name)
-        strong = f"{with_interval(found['autoattack'], found['images'])} of {found['images']:,}" if found else "-"
+        strong = f"{with_interval(found['autoattack'], found['images'])}, of {found['images']:,}" if found else "-"
         rows.append([name, f"{images:,}", *cells, *([strong] if evidence else [])])
     empty = ["-"] if evidence else []
     paper = [[name, "-", clean, *(["-"] if len(radii) > 1 else []), robust, *empty] for name, clean, robust in PAPER]
@@ -97,10 +97,12 @@ def evolution_section(tracks: list[Row], files: Files) -> Section:
         missing = '<p class="note">Not tracked: <code>fastcure finetune --track</code> records it.</p>'
         return Section("Figure 3: evolution", missing)
     counts = sorted({int(float(row["images"])) for row in tracks})
-    radii = sorted({float(row["eps"]) for row in tracks} | {PAPER_EPS})
+    own = ", ".join(f"{eps:.4g}" for eps in sorted({float(row["eps"]) for row in tracks} - {PAPER_EPS}))
+    radii = f"the run's eps {own}, and at the paper's, 8/255" if own else "eps 8/255, which is the paper's, too"
     caption = (
         f"Curvature and robustness on {' or '.join(map(str, counts))} images held out of training, epoch by epoch. "
-        f"{tracks[0]['begins']}. PGD-10 at eps {' and '.join(f'{eps:.4g}' for eps in radii)}; 8/255 is the paper's."
+        f"{tracks[0]['begins']}. H is the Hessian of the loss in the image, z the unit vector along the sign of its "
+        f"gradient; both as means over the images. PGD-10 at {radii}."
     )
     return Section("Figure 3: evolution", drawn(files, "figure3_evolution", tracks, figures.draw_evolution, caption))
 

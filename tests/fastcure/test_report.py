@@ -231,6 +231,7 @@ def test_cells_are_escaped() -> None:
     assert "&lt;a&gt;" in text
     assert "&lt;b&gt;" in text
     assert "<i>c</i>" in text
+    assert "<td>98.5% [95.7,&nbsp;99.5]</td>" in table(["a"], [["98.5% [95.7, 99.5]"]])
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_note() -> None:

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable
+from html import unescape
 from typing import Any
 
 import matplotlib
@@ -136,8 +137,8 @@ def test_a_band_is_in_the_legend_only_where_there_is_one(monkeypatch: pytest.Mon
 def test_figure_3_names_where_cure_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BEGINS in legend_of("evolution", monkeypatch)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
-    caption = sections.evolution_section(tracks(0.1), {}).body
-    for words in (BEGINS, "128 images held out", "eps 0.03137 and 0.1"):
+    caption = unescape(sections.evolution_section(tracks(0.1), {}).body)
+    for words in (BEGINS, "128 images held out", "PGD-10 at the run's eps 0.1, and at the paper's, 8/255."):
         assert words in caption
 
 

@@ -85,7 +85,7 @@ def test_any_network_beside_other_weights_of_it(place: Place) -> None:
     low, high = binomtest(round(30 * found["surrogate", 0.0]), 30).proportion_ci(0.95, method="wilson")
     assert table["surrogate"]["clean"].endswith(f"% [{100 * low:.1f}, {100 * high:.1f}]")
     assert mine["images"] == "30"
-    assert mine["AutoAttack, eps 0.1"].endswith(" of 20")
+    assert mine["AutoAttack, eps 0.1"].endswith("], of 20")
     assert table["surrogate"]["AutoAttack, eps 0.1"] == "-"
     assert json.loads(Path("report/settings.json").read_text())["settings"]["h"] == 0.7
     assert "<h1>report_networks:network on npz:data.npz</h1>" in Path("report/index.html").read_text()
