@@ -31,7 +31,7 @@ test: lint
 # have; where torchvision does not fit, timm's example is left out.
 examples: $(EXAMPLES)/installed
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python -m pytest tests/distributed/test_examples.py \
-		tests/fastcure/test_documents.py -k "example or process or it_runs or trainers" -v
+		tests/fastcure/test_documents.py tests/distributed/test_own_loops.py -k "example or process or it_runs or trainers" -v
 
 # Wheel and sdist into dist/, each then installed alone into a fresh environment and tried.
 package: $(VENV)/installed

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from networks import NETWORKS, Case, make
+from run_example import weights as weights_of_example
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -148,6 +149,7 @@ def loops(rank: int, store: str) -> dict[str, Any]:
     out = cure(x, y)
     found["gamma of what is sharded"] = float(out.total - out.loss)
     del other, unused
+    found["example"] = weights_of_example("ddp_torchrun")
     return found
 
 

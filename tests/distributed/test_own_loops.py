@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from own_loops import GAMMA, loops
+from run_example import EXAMPLES, weights
 from two_processes import in_two_processes
 
 
@@ -38,6 +39,15 @@ def test_a_penalty_beside_its_models_wrapper_is_refused(found: dict[str, Any]) -
         "TypeError: the model must have no DistributedDataParallel in it, got one at '1'"
     )
     assert found["looked at"] == [True, True]
+
+
+def test_the_example_for_torchrun_gives_the_weights_of_one_process(
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums of a batch have another order in two processes: float32 rounding, and some growth over eight steps."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    one = weights("ddp_torchrun")
+    assert (found["example"] - one).norm() <= 1e-5 * one.norm()
 
 
 def test_settings_on_a_wrapper_are_refused(found: dict[str, Any]) -> None:
