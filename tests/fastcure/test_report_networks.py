@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
+from small_runs import write_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure.attacks import ATTACKS, autoattack
 from fastcure.cli import main
+from fastcure.report.settings import ReportSettings
 
 MODULE = """
 from torch import nn
@@ -30,6 +32,7 @@ class Place:
         y = np.arange(60) % 3
         x = (rng.integers(0, 90, (60, 6, 6)) + 70 * y[:, None, None]).astype(np.uint8)
         np.savez(path / "data.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:])
+        np.savez(path / "test.npz", x_test=x[30:], y_test=y[30:])
         (path / "report_networks.py").write_text(MODULE)
         self.x, self.y = torch.from_numpy(x[30:, None]).float() / 255, torch.from_numpy(y[30:])
         self.networks = []
@@ -91,13 +94,25 @@ def test_any_network_beside_other_weights_of_it(place: Place) -> None:
     assert "<h1>report_networks:network on npz:data.npz</h1>" in Path("report/index.html").read_text()
 
 
-def test_a_network_alone_on_a_sample(place: Place) -> None:
-    few = ["--limit", "6", "--autoattack-images", "0"]
+def test_a_network_alone_on_a_sample_of_test_images_without_others(place: Place) -> None:
+    few = ["--limit", "6", "--autoattack-images", "0", "--dataset", "npz:test.npz"]
     assert main(["report", *OUTSIDE, "--checkpoint", "after.pt", "--out", "alone", *few]) == 0
     assert {row["model"] for row in rows("alone/figure4_accuracy.csv")} == {"report_networks:network"}
     skipped = [row for row in rows("alone/checklist.csv") if row["passed"] == ""]
     assert "no surrogate" in next(row["evidence"] for row in skipped if "black-box" in row["item"])
     assert all(Path("alone", name).is_file() for name in WHOLE)
+
+
+def test_a_run_of_a_network_of_ones_own_wants_its_name_again(place: Place) -> None:
+    run = write_run(Path("run"))
+    config = json.loads((run / "config.json").read_text())
+    config |= {"model": "report_networks:network", "mean": [0.4], "std": [0.3], "dataset": "npz:data.npz"}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="give it again as --model"):
+        ReportSettings.of({"runs": ("run",)})
+    found = ReportSettings.of({"runs": ("run",), "model": "report_networks:network"})
+    assert (found.model, found.mean, found.std, found.eps) == ("report_networks:network", (0.4,), (0.3,), (0.1,))
+    assert (found.checkpoint, found.folder) == (str(Path("run", "model.safetensors")), Path("run", "report"))
 
 
 @pytest.mark.parametrize(
