@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     arguments = vars(parser.parse_args(argv))
+    of_command: argparse.ArgumentParser = arguments.pop("parser")
     for name, value in arguments.items():
         if value == []:  # of Python 3.11 and `--name=--`
-            parser.error(f"{arguments['command']}: argument --{name.replace('_', '-')}: expected one argument")
+            of_command.error(f"argument --{name.replace('_', '-')}: expected one argument")
     try:
         COMMANDS[arguments.pop("command")].run(arguments)
         return 0
@@ -68,7 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         options: dict[str, Any] = {"help": command.HELP, "description": command.DESCRIPTION, "epilog": command.EPILOG}
-        command.add_arguments(commands.add_parser(name, argument_default=argparse.SUPPRESS, **options))
+        added = commands.add_parser(name, argument_default=argparse.SUPPRESS, **options)
+        added.set_defaults(parser=added)
+        command.add_arguments(added)
     return parser
 
 
