@@ -18,7 +18,7 @@ class TrainerMixin(WithObjective):
     """The loss of a `transformers.Trainer`; put it before the trainer's class.
 
     `self.model` stays the network: checkpoints, `save_model`, evaluation and `push_to_hub` are those of the network.
-    It works in one process and in several (DistributedDataParallel), with automatic mixed precision, and with gradient
+    It works in one process and in several (DistributedDataParallel), in 32 bits and in bf16, and with gradient
     accumulation over batches of any sizes: each sample of an update weighs the same.
 
     Define `make_objective`; `schedules` span the run's epochs. The penalty and the scheduled numbers are logged with

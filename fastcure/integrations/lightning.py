@@ -14,7 +14,8 @@ from fastcure.integrations._with_objective import WithObjective
 class LightningMixin(WithObjective):
     """The training step of a `LightningModule` (`lightning`, `pytorch_lightning`); put it before the module's class.
 
-    It works in one process and in several (`strategy="ddp"`), with any precision and with `accumulate_grad_batches`.
+    It works in one process and in several (`strategy="ddp"`), in 32 bits and in bf16, and with
+    `accumulate_grad_batches`.
     The objective is no submodule, so a checkpoint holds the network once, under the names that it has without the
     mixin: `load_from_checkpoint` takes a checkpoint of standard training.
 
