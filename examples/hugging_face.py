@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from small_digits import EPS, datasets, report
+from small_digits import EPS, datasets, report, standard_training
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -17,15 +17,15 @@ from fastcure.integrations import TrainerMixin
 class RobustTrainer(TrainerMixin, transformers.Trainer):
     """Trains with CURE."""
 
-    schedules = {"gamma": "0:0.1x50%,0.1"}
+    schedules = {"gamma": "0:0.4x50%,0.4"}
 
     def make_objective(self) -> fastcure.CURE:
         """Return what a training step minimises."""
         return fastcure.CURE(self.model, h=fastcure.eps_to_h(EPS, 16 * 16))
 
 
-def network() -> nn.Module:
-    """Return a small ResNet of the library, for 16 x 16 images with one channel; yours would be pretrained."""
+def network(train: TensorDataset) -> nn.Module:
+    """Return a small ResNet of the library after standard training, for 16 x 16 images with one channel."""
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
         num_channels=1,
@@ -36,7 +36,9 @@ def network() -> nn.Module:
         num_labels=10,
         downsample_in_first_stage=False,
     )
-    return transformers.ResNetForImageClassification(config)
+    model = transformers.ResNetForImageClassification(config)
+    standard_training(model, train, epochs=5)
+    return model
 
 
 def examples(data: TensorDataset) -> list[dict[str, Any]]:
@@ -44,8 +46,8 @@ def examples(data: TensorDataset) -> list[dict[str, Any]]:
     return [{"pixel_values": x, "labels": int(y)} for x, y in zip(*data.tensors, strict=True)]
 
 
-def main(images: int | None = None, epochs: int = 3, batch_size: int = 32, **options: Any) -> nn.Module:
-    """Train from scratch with batches of `batch_size` images in all processes together."""
+def main(images: int | None = None, epochs: int = 5, batch_size: int = 32, **options: Any) -> nn.Module:
+    """Fine-tune with batches of `batch_size` images in all processes together."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     train, test = datasets(images)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +64,7 @@ def main(images: int | None = None, epochs: int = 3, batch_size: int = 32, **opt
             disable_tqdm=True,
             **options,
         )
-        trainer = RobustTrainer(network(), arguments, train_dataset=examples(train), eval_dataset=examples(test))
+        trainer = RobustTrainer(network(train), arguments, train_dataset=examples(train), eval_dataset=examples(test))
         trainer.train()
         found = trainer.evaluate()
     if trainer.is_world_process_zero():

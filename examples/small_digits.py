@@ -34,13 +34,20 @@ def trained_network(train: TensorDataset, epochs: int = 5) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32 * 4 * 4, 10),
     )
+    standard_training(model, train, epochs)
+    return model
+
+
+def standard_training(model: nn.Module, train: TensorDataset, epochs: int) -> None:
+    """Train with cross-entropy."""
+    objective = fastcure.objectives.Standard(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
+        model.train()
         for x, y in DataLoader(train, batch_size=32, shuffle=True):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            objective(x, y).total.backward()
             optimizer.step()
-    return model
 
 
 def report(name: str, model: nn.Module, test: TensorDataset) -> None:
