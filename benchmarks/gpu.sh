@@ -17,7 +17,7 @@ bench() { "$PYTHON" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*
 
 tests() {
   local options=() files=(tests/fastcure/test_gpu.py tests/fastcure/test_cuda_graph.py tests/fastcure/test_auto.py
-    tests/fastcure/test_auto_fallback.py tests/fastcure/test_attacks_gpu.py
+    tests/fastcure/test_auto_fallback.py tests/fastcure/test_attacks_gpu.py tests/fastcure/test_pending_norm.py
     tests/fastcure/test_data_loader.py tests/fastcure/test_random_start.py tests/fastcure_kernels)
   ! has xdist || options+=(-n 8 --maxprocesses 8 --dist worksteal)
   has hypothesis || options+=(--ignore=tests/fastcure_kernels/test_kernel_properties.py)
