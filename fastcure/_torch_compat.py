@@ -90,13 +90,19 @@ def is_batched_gradient(g: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(g)
 
 
-def thread_local(key: str, default: Any) -> Any:
-    """Return an object of this thread that torch hands on to the threads of its backward; threading's are not."""
-    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else default
+def thread_local(key: str) -> int:
+    """Return a small number of this thread, 0 at first, that torch hands on to the threads of its backward."""
+    return int(torch._C._get_obj_in_tls(key)) if torch._C._is_key_in_tls(key) else 0
 
 
-def set_thread_local(key: str, value: Any) -> None:
-    """Set what `thread_local` returns."""
+def set_thread_local(key: str, value: int) -> None:
+    """Set what `thread_local` returns.
+
+    Nothing but small numbers, which Python never frees: torch 2.11 releases what is kept here once more than it takes
+    hold of it.
+    """
+    if not (type(value) is int and 0 <= value < 256):
+        raise TypeError(f"a thread's number must be an int in 0..255, got {value!r}")
     torch._C._stash_obj_in_tls(key, value)
 
 

@@ -160,8 +160,8 @@ def folded_layers(model: nn.Module, folds: Iterable[Fold] | None = None, watch: 
 @contextmanager
 def replayed() -> Iterator[None]:
     """Around passes that are captured, or compared with such: what a launch costs the host does not count."""
-    before = thread_local(_REPLAYED, False)
-    set_thread_local(_REPLAYED, True)
+    before = thread_local(_REPLAYED)
+    set_thread_local(_REPLAYED, 1)
     try:
         yield
     finally:
@@ -177,7 +177,7 @@ def _is_worth_a_kernel(x: Tensor) -> bool:
     if not use_triton(x):
         return False
     asked = os.environ.get("FASTCURE_BACKEND") == "triton"
-    return asked or thread_local(_REPLAYED, False) or x.numel() * x.element_size() >= LARGE
+    return asked or thread_local(_REPLAYED) == 1 or x.numel() * x.element_size() >= LARGE
 
 
 def folds_of(model: nn.Module) -> list[Fold]:

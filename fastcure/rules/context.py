@@ -27,6 +27,9 @@ Rule = Callable[..., Any]
 FILES = (attention, batch_norm, convolution, gelu, hard_activations, relu, row_norms)
 RULES: dict[str, Rule] = {operator: rule for file in FILES for operator, rule in file.RULES.items()}
 FUSED: dict[str, Rule] = {"batch_norm": batch_norm.training_batch_norm, **relu.RULES}
+SETS: tuple[dict[str, Rule], ...] = ({}, FUSED, RULES)
+"""Of rules that apply together; of two contexts around a call the later set holds."""
+ONLY_FUSED, ALL = 1, 2
 KEYS = ("AutogradCPU", "AutogradCUDA") if torch.backends.cuda.is_built() else ("AutogradCPU",)
 
 
@@ -65,7 +68,7 @@ def double_backward() -> Iterator[None]:
         ...     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
         >>> g.square().sum().backward()
     """
-    with _applied(RULES):
+    with _applied(ALL):
         yield
 
 
@@ -75,15 +78,15 @@ def fused_norms(x: Tensor) -> Iterator[None]:
 
     For passes that are differentiated once: of them no other rule is cheaper than torch's own operator.
     """
-    with _applied(FUSED) if use_triton(x) else nullcontext():
+    with _applied(ONLY_FUSED) if use_triton(x) else nullcontext():
         yield
 
 
 @contextmanager
-def _applied(rules: dict[str, Rule]) -> Iterator[None]:
+def _applied(rules: int) -> Iterator[None]:
     _install()
-    before = _rules()
-    set_thread_local(_KEY, before if len(before) > len(rules) else rules)
+    before = thread_local(_KEY)
+    set_thread_local(_KEY, max(before, rules))
     try:
         yield
     finally:
@@ -103,7 +106,7 @@ def _rules() -> dict[str, Rule]:
     Kept in torch's own thread-local state: autograd gives it to the threads in which it runs a backward on a GPU, where
     activation checkpointing runs the forward again.
     """
-    return thread_local(_KEY, {})
+    return SETS[thread_local(_KEY)]
 
 
 def _install() -> None:
