@@ -26,7 +26,7 @@ Rule = Callable[..., Any]
 
 FILES = (attention, batch_norm, convolution, gelu, hard_activations, relu, row_norms)
 RULES: dict[str, Rule] = {operator: rule for file in FILES for operator, rule in file.RULES.items()}
-FUSED: dict[str, Rule] = {"batch_norm": batch_norm.training_batch_norm, **relu.RULES}
+FUSED: dict[str, Rule] = {"batch_norm": batch_norm.training_batch_norm, **relu.OF_NORMS}
 SETS: tuple[dict[str, Rule], ...] = ({}, FUSED, RULES)
 """Of rules that apply together; of two contexts around a call the later set holds."""
 ONLY_FUSED, ALL = 1, 2

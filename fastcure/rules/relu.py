@@ -35,6 +35,11 @@ def relu_(x: Tensor) -> Tensor:
 
 
 RULES = {"relu": relu, "relu_": relu_}
+OF_NORMS = {
+    "relu": lambda x: relu_of(x, in_place=False) if isinstance(x, PendingNorm) else NotImplemented,
+    "relu_": lambda x: relu_of(x, in_place=True) if isinstance(x, PendingNorm) else NotImplemented,
+}
+"""Of norms that wait alone: a first derivative gains nothing by the rest."""
 
 
 class _ReLU(torch.autograd.Function):
