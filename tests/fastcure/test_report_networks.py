@@ -52,6 +52,7 @@ class Place:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ATTACKS, "autoattack", partial(autoattack, attacks=("apgd-ce",)))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # figures are tested elsewhere
     return Place(tmp_path)
 
 
