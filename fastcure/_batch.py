@@ -19,7 +19,7 @@ from fastcure._defaults import BATCH_STATS, BatchStats
 from fastcure._diagnostics.first_batch import first_batch, warn_of_small_step
 from fastcure._diagnostics.modes import regularisation_left_out, warn_of_idle_norms
 from fastcure._distributed import averaged_once, refuse_static_graph, refuse_wrappers_within
-from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
+from fastcure._functional import LossFn, ModelWithLoss, cross_entropy, evaluation_mode, loss_scale, unwrap
 from fastcure._model_lock import one_thread
 from fastcure._torch_compat import BatchNormBase, not_inside_torch_compile
 from fastcure._validation import check_batch, check_positive, refuse_transforms
@@ -148,13 +148,14 @@ def evaluate_batch(
     gradients: dict[nn.Parameter, Tensor] = {}
     known: dict[str, Any] = {}
     results: list[tuple[Part, Engine, Evaluation]] = []
+    scale = loss_scale(x.device)
     left_out = regularisation_left_out(model, loss_fn, options.engine, options.batch_stats)
     with left_out, passes(model, options) as norms:
         for part in parts:
             step = h if lengths is None else part.of(lengths)
             engine, found = evaluate(model, part.of(x), part.of(y), step, options, part, norms, direction, known)
             if weights is not None:
-                add_part(gradients, engine, found, 0.0 if split else weights[0], weights[1])
+                add_part(gradients, engine, found, 0.0 if split else scale * weights[0], scale * weights[1])
                 found = found._replace(state=None)
             results.append((part, engine, found))
     results.sort(key=lambda result: result[0].samples.start)
@@ -167,7 +168,7 @@ def evaluate_batch(
     total = None
     if weights is not None:
         value = weights[1] * penalty.sum() if split else weights[0] * loss.sum() + weights[1] * penalty.sum()
-        total = scaled(value, gradients)
+        total = scaled(value, gradients if scale == 1 else {p: g / scale for p, g in gradients.items()})
     if called is not None:
         logits, loss = called[0].detach(), called[1]
         if total is not None and weights is not None:

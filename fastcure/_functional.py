@@ -185,6 +185,20 @@ def _lost(_: Tensor) -> None:
     )
 
 
+LOSS_SCALE = 1024.0
+"""Factor of a loss that is differentiated under float16 autocast, where small derivatives would become zero."""
+
+
+def loss_scale(device: torch.device) -> float:
+    """Return the factor of a loss on `device` that is differentiated here and now; a power of two rounds nothing.
+
+    A `GradScaler` acts on the last backward alone, which comes after the input gradient.
+    """
+    name = device.type
+    half = torch.is_autocast_enabled(name) and torch.get_autocast_dtype(name) == torch.float16
+    return LOSS_SCALE if half else 1.0
+
+
 def input_gradient(loss: Tensor, point: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
     """Return the gradient of the sum of `loss` `(B,)`, times `weights` `(B,)` if given, at `point` `(B, ...)`.
 
@@ -193,11 +207,12 @@ def input_gradient(loss: Tensor, point: Tensor, weights: Tensor | None = None, *
     """
     if not loss.requires_grad:
         raise unreachable()
-    total = loss.sum() if weights is None else loss
+    total, scale = loss.sum() if weights is None else loss, loss_scale(loss.device)
+    total = total * scale if scale != 1 else total
     (g,) = torch.autograd.grad(total, point, weights, create_graph=create_graph, allow_unused=True)
     if g is None:
         raise unreachable()
-    return g
+    return g / scale if scale != 1 else g
 
 
 def unreachable() -> RuntimeError:

@@ -49,8 +49,8 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # names of files need not be UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # names of files need not be UTF-8; who reads a pipe sees each line at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def _flush_streams() -> int:

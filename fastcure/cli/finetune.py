@@ -21,12 +21,17 @@ the epochs, then down to nearly 0, as torch's OneCycleLR)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags: those of the settings, and --resume."""
+    """Add the flags: those of the settings, --resume and --config."""
     from fastcure.training.settings import Settings
 
     add_flags(parser, Settings)
-    words = "Go on with the run in --out, or begin it; other settings need not be given again, and must be the same."
+    words = (
+        "Go on with the run in --out, or begin it; other settings need not be given again, and must be the same. More "
+        "--epochs prolong a finished run."
+    )
     parser.add_argument("--resume", action="store_true", help=words)
+    words = "JSON file of settings, such as the config.json of a run; flags override them."
+    parser.add_argument("--config", metavar="FILE", help=words)
 
 
 def run(arguments: dict[str, Any]) -> None:
@@ -35,5 +40,5 @@ def run(arguments: dict[str, Any]) -> None:
     from fastcure.training.finetune import finetune
     from fastcure.training.settings import make_settings
 
-    resume = arguments.pop("resume", False)
-    finetune(make_settings(arguments, resume=resume), resume=resume)
+    resume, config = arguments.pop("resume", False), arguments.pop("config", None)
+    finetune(make_settings(arguments, resume=resume, config=config), resume=resume)

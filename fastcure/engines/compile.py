@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastcure._functional import LossFn, find_logits
+from fastcure._functional import LossFn, find_logits, loss_scale
 from fastcure._torch_compat import compiled_graphs, compiling, graph_break_error
 from fastcure._weak import weakly
 from fastcure.engines._compile_check import check
@@ -56,7 +56,7 @@ class Compile(GraphEngine):
         power, stepped, direction = request.power, request.loss_at == "step", request.direction
         length = lengths(request.h, x)
         programs = self._cache.setdefault(functional.model, {})
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast, scale = torch.is_autocast_enabled(x.device.type), loss_scale(x.device)
         folding = Folding(functional.model, norms=not autocast)
         key = (
             *(
@@ -67,12 +67,12 @@ class Compile(GraphEngine):
                 tuple(functional.state),
                 folding.key,
             ),
-            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast),
+            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast, scale),
         )
         fresh = key not in programs
         if fresh:
             _refuse_modules_of_two_names(functional.model)
-            programs[key] = _compile(self.backend, power, stepped, x.device), folding
+            programs[key] = _compile(self.backend, power, stepped, x.device, scale), folding
         program, folding = programs[key]  # with the very forwards that were compiled
         direction = None if direction is None else direction.detach()
 
@@ -146,7 +146,7 @@ def _refuse_modules_of_two_names(model: nn.Module) -> None:
         names.setdefault(module, name)
 
 
-def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> Compiled:
+def _compile(backend: str, power: int, stepped: bool, device: torch.device, scale: float) -> Compiled:
     """Return the compiled region, a code object of its own: torch keeps its compilations by code object."""
     if backend == "inductor" and device.type == "cpu" and not has_compiler():
         raise RuntimeError(
@@ -170,12 +170,12 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device) -> C
                 loss = functional_call(loss_fn, loss_state, (logits, y))
             else:
                 loss = loss_fn(logits, y)
-            return loss.sum(), (logits, loss)
+            return (loss.sum() if scale == 1 else loss.sum() * scale), (logits, loss)
 
         g, (logits, loss) = torch.func.grad(summed, has_aux=True)(x)
         direction = unit_sign(g.detach()) if z is None else z
         g_step, (_, loss_step) = torch.func.grad(summed, has_aux=True)(x + h * direction)
-        d = g_step - g
+        d = g_step - g if scale == 1 else (g_step - g) / scale
         squared = (d if d.dtype == torch.float64 else d.float()).square().flatten(1).sum(1)
         loss = loss_step if stepped else loss
         return logits.detach(), loss, root(squared) if power == 1 else squared, direction

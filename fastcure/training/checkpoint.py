@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcure._extras import extra
 from fastcure._fields import check_types, check_whole_numbers, shortened
 from fastcure._writing import json_text
+from fastcure.data.image_files import Images
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -78,6 +79,14 @@ def unpack(path: Path) -> tuple[Progress, Parts]:
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
     return progress, parts
+
+
+def checksum(*parts: Images) -> int:
+    """Return a number that other images or labels hardly share; of images in files, by the names and sizes of these."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part.contiguous().numpy().data if isinstance(part, Tensor) else part.identity(), value)
+    return value
 
 
 def _check(progress: Progress) -> None:

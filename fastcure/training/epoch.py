@@ -25,6 +25,7 @@ def train_steps(
     autocast: torch.dtype | None = None,
     clip: float | None = None,
     average: WeightAverage | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[None]:
     """Train, and yield after every step.
 
@@ -43,6 +44,8 @@ def train_steps(
         autocast: dtype of autocast, or None.
         clip: largest L2 norm of the gradient of all parameters; a longer one is scaled down to it.
         average: of the weights, updated after each step.
+        scaler: of the loss, for autocast to float16. A gradient that overflows leaves its step out and lowers the
+            scale; it counts as not finite only where the scale has come down to 1.
 
     Raises:
         MemoryError: if memory does not suffice for one image at a time, or the objective takes a batch as a whole.
@@ -62,7 +65,7 @@ def train_steps(
         random = _random_state(ranks.device, objective.generator)
         while True:
             optimizer.zero_grad()
-            sums = _backward(objective, batch, autocast)
+            sums = _backward(objective, batch, autocast, scaler)
             if not ranks.all_reduce_max(sums is None):
                 break
             _set(buffers, before)
@@ -71,19 +74,36 @@ def train_steps(
         assert sums is not None
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         ranks.all_reduce([*gradients, sums])
+        fits = None if scaler is None else _unscale(scaler, optimizer)
         norm = nn.utils.get_total_norm(gradients)
-        finite = tally.add(index, sums, norm)
+        finite = tally.add(index, sums, norm if fits is None else torch.where(fits, norm, 0.0))
+        finite = finite if fits is None else finite & fits
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
+        if scaler is not None:
+            scaler.update()
         _set(buffers, [torch.where(finite, *pair) for pair in zip(buffers, before, strict=True)])
         if average is not None:
             average.update(model, finite)
         yield
 
 
-def _backward(objective: Objective, batch: Share, autocast: torch.dtype | None) -> Tensor | None:
+def _unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Divide the gradients by the scale; return whether they fit into float16, 0-dim.
+
+    At a scale of 1 they are as they are.
+    """
+    scale = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return nn.utils.get_total_norm(gradients).isfinite() | (scale <= 1)
+
+
+def _backward(
+    objective: Objective, batch: Share, autocast: torch.dtype | None, scaler: torch.amp.GradScaler | None
+) -> Tensor | None:
     """Add this process's part of the batch's gradient to `.grad`.
 
     Returns:
@@ -94,7 +114,8 @@ def _backward(objective: Objective, batch: Share, autocast: torch.dtype | None) 
     try:
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             total, loss, penalty, logits = objective(x, y)
-        (total * (count / whole)).backward()
+        total = total * (count / whole)
+        (total if scaler is None else scaler.scale(total)).backward()
         correct = (logits.argmax(1) == y).float().mean()
         return count * torch.stack([loss, penalty, correct, torch.ones_like(correct)]).detach().double()
     except RuntimeError as error:

@@ -26,6 +26,7 @@ from fastcure.training.ranks import Ranks, join, own_device
 from fastcure.training.run import Metrics, Run
 from fastcure.training.run_folder import RunFolder, reserved
 from fastcure.training.settings import Settings
+from fastcure.training.trackers import check_trackers
 
 MOST_PIXELS = 1 << 27
 """Numbers from which mean and deviation of the pixels are computed."""
@@ -39,7 +40,8 @@ def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume
     Args:
         settings: of the run.
         say: takes each line of the report.
-        resume: go on with the run in `settings.out`. Where there is none it is begun; where it is finished it stays.
+        resume: go on with the run in `settings.out`. Where there is none it is begun; where it is finished it stays,
+            or goes on if `settings.epochs` are more.
 
     Returns:
         `{"before": ..., "after": ...}`, each `{"clean": accuracy, "pgd": {eps: accuracy}}`; with `settings.ema` also
@@ -70,11 +72,12 @@ def _finetune(
     settings: Settings, say: Callable[[str], object], resume: bool, ranks: Ranks, interruption: Interruption
 ) -> dict[str, Metrics]:
     folder = RunFolder(settings.out, resume)
-    folder.check_settings(asdict(settings))
-    ranks.agree(begun=folder.begun, finished=folder.finished)
-    if folder.finished:
-        say(f"the run in {folder.path} is finished: nothing is left to do")
+    prolonged = folder.check_settings(asdict(settings))
+    ranks.agree(begun=folder.begun, finished=folder.finished, prolonged=prolonged)
+    if folder.finished and not prolonged:
+        say(f"the run in {folder.path} is finished: nothing is left to do (more --epochs prolong it)")
         return folder.read_json("metrics.json")
+    check_trackers(settings.log_to)
     if settings.engine == "cuda_graph" and ranks.device.type != "cuda":
         raise ValueError(f"--engine cuda_graph wants a CUDA device, got {ranks.device}: leave it out")
     whole = load(
@@ -92,13 +95,15 @@ def _finetune(
     objective = OBJECTIVES[settings.objective]
     title = objective.title
     run = Run(settings, data, (held[0], held[1]), model, ranks, folder, interruption)
-    if folder.checkpoint.exists():
-        run.restore()
+    saved = folder.state if prolonged else folder.checkpoint
+    resumed = saved.exists()
+    if resumed:
+        run.restore(saved)
     elif settings.checkpoint is not None:
         load_weights(bare(model), settings.checkpoint, say)
     progress = run.progress
     ranks.agree(data=progress.data, phase=progress.phase, epoch=progress.epoch, step=progress.step)
-    if folder.checkpoint.exists():
+    if resumed:
         say(f"resuming after {progress.epoch} epochs and {progress.step} steps of {progress.phase}")
     say(
         f"{data.name}: {len(data.x_train):,} training, {len(held[1]):,} validation, {len(data.x_test):,} test images "
@@ -109,8 +114,14 @@ def _finetune(
     if settings.track > len(held[1]):
         say(f"--track {settings.track}: there are {len(held[1])} validation images; --validation N holds out more")
 
-    if ranks.is_main_process and not folder.begun:
+    if prolonged:
+        say(f"the finished run is prolonged to {settings.epochs} epochs; its schedules are read as those of so many")
+
+    if ranks.is_main_process and prolonged:
+        folder.reopen(asdict(settings))
+    elif ranks.is_main_process and not folder.begun:
         folder.write_json("config.json", asdict(settings))
+    run.start()
     if progress.phase == "pretrain":
         run.train(0 if settings.checkpoint is not None else settings.pretrain_epochs)
         if ranks.is_main_process:
@@ -141,6 +152,7 @@ def _finetune(
         about = {"num_classes": data.num_classes, "channels": data.x_test.shape[1], "classes": list(data.classes)}
         folder.write_json("environment.json", {**environment(ranks.device), **found, **about})
         folder.finish()
+    run.trackers.close()
     say(table(metrics, title))
     low, high = wilson(0.5, len(data.y_test))
     say(f"{len(data.y_test):,} test images: a 95 % interval (Wilson) is {100 * (high - low):.1f} points wide at most")

@@ -1,4 +1,4 @@
-"""The optimisers, and their state as tensors with names."""
+"""The optimisers and the scaler of the loss, and their state as tensors with names."""
 
 from __future__ import annotations
 
@@ -76,3 +76,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     if len(state) not in (0, len(parameters)):  # torch would start the others anew
         raise ValueError(f"the optimiser's state must be of {len(parameters)} parameters, got {len(state)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """Return the state of a scaler of the loss, for `load_scaler`."""
+    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in scaler.state_dict().items()}
+
+
+def load_scaler(scaler: torch.amp.GradScaler, tensors: dict[str, Tensor]) -> None:
+    """Load what `scaler_tensors` returned.
+
+    Raises:
+        KeyError: if a part is missing.
+    """
+    state = {name: float(tensors[name]) for name in scaler.state_dict()}
+    scaler.load_state_dict(
+        {**state, "growth_interval": int(state["growth_interval"]), "_growth_tracker": int(state["_growth_tracker"])}
+    )

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastcure.evaluation.accuracy import batches
 
+DEADLINE = timedelta(minutes=30)
+"""How long a process waits for another at most: for a step, a batch of an evaluation, or the reading of the data."""
+
 Work = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """Takes images, labels and a source of random numbers; returns a row an image."""
 
@@ -104,19 +107,23 @@ class Ranks(NamedTuple):
 
         Raises:
             MemoryError: if memory runs out.
-            Exception: in all processes, what `work` raised in one.
+            Exception: in all processes, after the batch that each is at, what `work` raised in one.
         """
         parts = batches(x, y, batch_size, seed)
         rows: dict[int, Tensor] = {}
         failure: Exception | None = None
-        try:
-            for index in range(self.rank, len(parts), self.size):
-                images, labels, generator = parts[index]
-                rows[index] = work(images.to(self.device), labels.to(self.device), generator).cpu()
-        except Exception as error:
-            failure = error
-            if out_of_memory(error):
-                failure = MemoryError(f"memory does not suffice for {batch_size} images at a time: lower --batch-size")
+        for first in range(0, len(parts), self.size):  # a batch in each process, and none begins the next one alone
+            try:
+                if (index := first + self.rank) < len(parts):
+                    images, labels, generator = parts[index]
+                    rows[index] = work(images.to(self.device), labels.to(self.device), generator).cpu()
+            except Exception as error:
+                failure = error
+                if out_of_memory(error):
+                    words = f"memory does not suffice for {batch_size} images at a time: lower --batch-size"
+                    failure = MemoryError(words)
+            if self.all_reduce_max(failure is not None):
+                break
         every: list[Any] = [(rows, failure)]
         if self.size > 1:
             every = [None] * self.size
@@ -176,7 +183,7 @@ def join(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     # What is counted and agreed on lies on the CPU; gradients go from GPU to GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # shares of a long evaluation may differ by hours
+    dist.init_process_group(backend, timeout=DEADLINE)
     ranks = Ranks(device, dist.get_rank(), dist.get_world_size())
     try:
         yield ranks

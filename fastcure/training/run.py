@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +16,23 @@ from tqdm import tqdm
 
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation, stratified
-from fastcure.data.image_files import Images
 from fastcure.evaluation.accuracy import correct
 from fastcure.objectives import OBJECTIVES, Objective, Standard
 from fastcure.objectives.standard import smoothed
 from fastcure.training.average import WeightAverage
-from fastcure.training.checkpoint import Parts, Progress, pack, unpack
+from fastcure.training.checkpoint import Parts, Progress, checksum, pack, unpack
 from fastcure.training.epoch import train_steps
+from fastcure.training.eta import Eta, passes_of
+from fastcure.training.history import epoch_line, epoch_row
 from fastcure.training.interrupt import Interrupted, Interruption
 from fastcure.training.objective import make_objective, schedules_of
-from fastcure.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from fastcure.training.optimizer import load_optimizer, load_scaler, make_optimizer, optimizer_tensors, scaler_tensors
 from fastcure.training.ranks import Ranks, Share
 from fastcure.training.run_folder import RunFolder
-from fastcure.training.settings import Settings
-from fastcure.training.tally import EpochResult, Tally
+from fastcure.training.settings import AUTOCAST, Settings
+from fastcure.training.tally import Tally
 from fastcure.training.track import track_row
+from fastcure.training.trackers import Trackers
 
 EVALUATED = 256
 """Images at a time in an evaluation, unless training takes fewer at a time for want of memory."""
@@ -84,18 +88,20 @@ class Run:
         self.progress = Progress(data=checksum(*data[:4], *held), microbatch=settings.microbatch)
         self.optimizer = self._optimizer()
         self.average: WeightAverage | None = None
+        self.scaler = torch.amp.GradScaler(ranks.device.type) if settings.amp == "fp16" else None
         self.tally = Tally(ranks.device)
+        self.passes = passes_of(settings, len(data.y_train), len(held[1]), len(data.y_test))
+        self.eta, self.trackers = Eta(0.0), Trackers((), folder.path, {})
         self._generator_of_steps = torch.Generator(ranks.device)
         self._train = data.x_train, data.y_train
         self._saved = self._clock = 0.0
 
-    def restore(self) -> None:
-        """Take up the state in the folder.
+    def restore(self, path: Path) -> None:
+        """Take up a state that was saved.
 
         Raises:
             ValueError: if it cannot be read, does not fit the model, or was reached on other data.
         """
-        path = self.folder.checkpoint
         progress, parts = unpack(path)
         if progress.data != self.progress.data:
             raise ValueError(f"{path} was reached on other images or labels than those of {self.settings.dataset}")
@@ -116,6 +122,8 @@ class Run:
             if self.ranks.device.type == "cuda" and "cuda" in parts["random"]:
                 torch.cuda.set_rng_state(parts["random"]["cuda"], self.ranks.device)
             self.tally.numbers.copy_(parts["tally"]["numbers"])
+            if self.scaler is not None:
+                load_scaler(self.scaler, parts["scaler"])
         except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
         known = [n for n in (progress.microbatch, self.settings.microbatch) if n is not None]
@@ -128,6 +136,12 @@ class Run:
         self.optimizer = self._optimizer()
         if self.settings.ema is not None:
             self.average = WeightAverage(self.model, self.settings.ema)
+
+    def start(self) -> None:
+        """Begin to tell the time that is left, and to send numbers to trackers."""
+        self.eta = Eta(self.passes.left(self.settings, self.progress, len(self.loader)))
+        if self.ranks.is_main_process:
+            self.trackers = Trackers(self.settings.log_to, self.folder.path, asdict(self.settings))
 
     def train(self, epochs: int) -> None:
         """Train until the phase has had `epochs` epochs, with a row of history each."""
@@ -150,7 +164,8 @@ class Run:
             title = f"{progress.phase} {progress.epoch + 1}/{epochs}"
             steps = train_steps(
                 *(objective, self._batches(title), self.optimizer, schedules, self.tally, self.ranks),
-                autocast=torch.bfloat16 if settings.amp == "bf16" else None,
+                autocast=AUTOCAST[settings.amp],
+                scaler=self.scaler,
                 clip=settings.clip,
                 average=self.average,
             )
@@ -165,8 +180,10 @@ class Run:
             result = self.tally.result()
             last = progress.epoch + 1 - 1 / len(self.loader)  # of the epoch's last step
             columns = ("lr", *OBJECTIVES[settings.objective].scheduled)
-            row = {name: schedules[name].at(last) if name in schedules else 0.0 for name in columns}
-            self._end_epoch(row, result, title)
+            scheduled = {name: schedules[name].at(last) if name in schedules else 0.0 for name in columns}
+            self._end_epoch(epoch_row(progress.phase, progress.epoch + 1, scheduled, result), title)
+        self._epoch_began_at = self._generator.get_state()
+        self._save()  # with the last epoch's row: a finished run can be prolonged from here
 
     def evaluate(self, title: str, model: nn.Module | None = None) -> Metrics:
         """Clean accuracy, and accuracy under PGD-10 at each eps, on the whole test set.
@@ -178,7 +195,10 @@ class Run:
         model, robust = model or self.model, {}
         for eps in self._bar(self.settings.eps, f"PGD-10 {title}", unit="eps"):
             robust[f"{eps:.6g}"] = self._accuracy(model, *self.test, eps)
-        return {"clean": self._accuracy(model, *self.test), "pgd": robust}
+        clean = self._accuracy(model, *self.test)
+        self.eta.made(self.passes.test)
+        self.trackers.log(f"test {title}", {"clean": clean, **robust}, len(self.progress.history))
+        return {"clean": clean, "pgd": robust}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -206,7 +226,8 @@ class Run:
         step, steps = self.progress.step, len(self.loader)
         left, images = self.loader.batches(step), len(self.loader.y)
         progress, seed = self.progress, self.settings.seed
-        for index, (x, y) in enumerate(self._bar(left, title, unit="step", initial=step, total=steps), step):
+        bar = self._bar(left, title, unit="step", initial=step, total=steps, postfix=str(self.eta))
+        for index, (x, y) in enumerate(bar, step):
             # Of the step and the process alone: a resumed run draws what it would have drawn.
             place = f"{seed} {progress.phase} {progress.epoch} {index} {self.ranks.rank}"
             self._generator_of_steps.manual_seed(zlib.crc32(place.encode()))
@@ -274,10 +295,12 @@ class Run:
             }
             if self.average is not None:
                 parts["average"] = self.average.tensors()
+            if self.scaler is not None:
+                parts["scaler"] = scaler_tensors(self.scaler)
             self.folder.write(self.folder.checkpoint.name, pack(progress, parts))
         self._saved = time.monotonic()
 
-    def _end_epoch(self, row: dict[str, float], result: EpochResult, title: str) -> None:
+    def _end_epoch(self, row: dict[str, Any], title: str) -> None:
         progress, eps = self.progress, self.settings.eps[-1]
         clean, robust = (self._accuracy(self.model, *self.held, radius) for radius in (None, eps))
         averaged: dict[str, float | None] = {}
@@ -288,39 +311,25 @@ class Run:
                 averaged = dict(zip(averaged, found, strict=True))
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.tally.clear()
-        progress.history.append(
-            {
-                "phase": progress.phase,
-                "epoch": progress.epoch,
-                **row,
-                "loss": result.loss,
-                "penalty": result.penalty,
-                "train_accuracy": result.accuracy,
-                "skipped": result.skipped,
-                "clean": clean,
-                "pgd": robust,
-                **averaged,
-            }
-        )
+        row |= {"clean": clean, "pgd": robust, **averaged}
+        progress.history.append(row)
         progress.track = self._tracked()
+        self.eta.made(self.passes.finetune if progress.phase == "finetune" else self.passes.pretrain)
         if self.ranks.is_main_process:
             self.folder.write_csv("history.csv", progress.history)
-            tqdm.write(
-                f"{title:>15}  loss {result.loss:.3f}  "
-                + (f"penalty {result.penalty:.2e}  " if progress.phase == "finetune" else "")
-                + f"train {result.accuracy:6.1%}  clean {clean:6.1%}  pgd({eps:.3g}) {robust:6.1%}"
-                + (f"  skipped {result.skipped} of {len(self.loader)} steps" if result.skipped else "")
-            )
+            tqdm.write(epoch_line(title, row, eps, len(self.loader), str(self.eta)))
+            self.trackers.log(progress.phase, row, len(progress.history))
+            if progress.track:
+                self.trackers.log("track", progress.track[-1], len(progress.history))
 
     def _tracked(self) -> list[dict[str, Any]]:
         """The track up to here, with a row for the present state if it is asked for."""
         progress, settings = self.progress, self.settings
         if not (settings.track and progress.phase == "finetune"):
             return progress.track
-        x, y = self.held
-        chosen, device = stratified(y, settings.track, settings.seed), self.ranks.device
-        images = x[chosen].to(device), y[chosen].to(device)
-        row = track_row(self.model, *images, epoch=progress.epoch, seed=settings.seed, eps=settings.eps[-1])
+        chosen = stratified(self.held[1], settings.track, settings.seed)
+        x, y = (part[chosen].to(self.ranks.device) for part in self.held)
+        row = track_row(self.model, x, y, epoch=progress.epoch, seed=settings.seed, eps=settings.eps[-1])
         rows = [*progress.track, row]
         if self.ranks.is_main_process:
             self.folder.write_csv("track.csv", rows)
@@ -338,13 +347,5 @@ class Run:
         return float(self.ranks.map(attacked, x, y, self.settings.seed, batch_size).double().mean())
 
     def _bar(self, work: Any, title: str, **options: Any) -> Any:
-        bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None if self.ranks.is_main_process else True)
-        return bar(work, title, **options)
-
-
-def checksum(*parts: Images) -> int:
-    """Return a number that other images or labels hardly share; of images in files, by the names and sizes of these."""
-    value = 0
-    for part in parts:
-        value = zlib.crc32(part.contiguous().numpy().data if isinstance(part, Tensor) else part.identity(), value)
-    return value
+        hidden = not self.ranks.is_main_process or None
+        return tqdm(work, title, leave=False, dynamic_ncols=True, disable=hidden, **options)

@@ -14,8 +14,11 @@ from torch import nn
 from fastcure._extras import extra
 from fastcure._writing import csv_bytes, json_bytes, json_text, sync_folder, write_whole
 
-MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite", "workers")
+MAY_CHANGE = ("device", "data_dir", "out", "microbatch", "non_finite", "workers", "log_to")
 """Settings in which a resumed run may differ from its beginning: where things are, and what to do in distress."""
+
+MAY_PROLONG = ("epochs", "lr", "gamma", "h", "train_eps")
+"""Settings in which a finished run may differ, too, if it is to have more epochs."""
 
 
 class RunFolder:
@@ -24,7 +27,8 @@ class RunFolder:
     `config.json` the settings; `environment.json` versions, device and seconds; `history.csv` a row an epoch;
     `metrics.json` accuracies before and after; `original.safetensors` and `model.safetensors` the weights before and
     after fine-tuning; `curves.png`; with `--ema`, `ema.safetensors`, the averaged weights; with `--track`, `track.csv`.
-    While the run lasts, `checkpoint.safetensors` is its state.
+    While the run lasts, `checkpoint.safetensors` is its state; a finished one keeps it as `state.safetensors`, to be
+    prolonged.
 
     Args:
         path: a folder that does not exist, or is empty.
@@ -36,7 +40,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
         self.path = Path(path)
-        self.checkpoint = self.path / "checkpoint.safetensors"
+        self.checkpoint, self.state = self.path / "checkpoint.safetensors", self.path / "state.safetensors"
         held = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         if (self.path.exists() and not self.path.is_dir()) or (held and not resume):
             raise ValueError(
@@ -51,20 +55,29 @@ class RunFolder:
         if len(results) > 1 and not self.finished and self.checkpoint.name not in results:
             raise ValueError(f"{self.checkpoint} is missing, without which the run cannot go on: choose another --out")
 
-    def check_settings(self, settings: dict[str, Any]) -> None:
+    def check_settings(self, settings: dict[str, Any]) -> bool:
         """Compare `settings` with those of the run in this folder, if there is one.
 
+        Returns:
+            Whether the run is finished, and they give it more epochs.
+
         Raises:
-            ValueError: at the first that differs, those of `MAY_CHANGE` apart.
+            ValueError: at the first that differs, those of `MAY_CHANGE` apart, and of a finished run those of
+                `MAY_PROLONG`; or if the state of a run to be prolonged was not kept.
         """
         path = self.path / "config.json"
         began = read_json(path) if self.begun else {}
+        prolonged = self.finished and settings["epochs"] > began["epochs"]
+        if prolonged and not self.state.is_file():
+            raise ValueError(f"{self.state} is missing, without which a finished run cannot have more epochs")
+        may_change = MAY_CHANGE + (MAY_PROLONG if prolonged else ())
         for name, value in json.loads(json_text(settings)).items():
-            if name in began and name not in MAY_CHANGE and began[name] != value:
+            if name in began and name not in may_change and began[name] != value:
                 raise ValueError(
                     f"{name} must be {began[name]!r} as in the run to be resumed, {path}, got {value!r}: leave it out, "
-                    f"or choose another --out ({', '.join(MAY_CHANGE)} may change)"
+                    f"or choose another --out ({', '.join(may_change)} may change)"
                 )
+        return prolonged
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read what `write_json` wrote.
@@ -100,9 +113,14 @@ class RunFolder:
             raise OSError(f"{error}; what was saved before is whole: fix that, and continue with --resume") from error
 
     def finish(self) -> None:
-        """Remove the state of the run, which is over."""
-        self.checkpoint.unlink()
+        """Put the state of the run, which is over, aside."""
+        self.checkpoint.replace(self.state)
         sync_folder(self.path)
+
+    def reopen(self, settings: dict[str, Any]) -> None:
+        """Go on with a finished run, by settings that give it more epochs."""
+        self.state.replace(self.checkpoint)  # first: with settings of old, it would merely finish again
+        self.write_json("config.json", settings)
 
 
 @contextmanager

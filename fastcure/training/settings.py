@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from torch import nn
 
 from fastcure._defaults import BATCH_STATS, BatchStats
@@ -21,6 +22,10 @@ from fastcure.training.objective import make_objective, settings_of
 from fastcure.training.optimizer import OPTIMIZERS
 from fastcure.training.presets import PRESETS
 from fastcure.training.run_folder import read_json
+from fastcure.training.trackers import TRACKERS
+
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype of each `amp`."""
 
 MAX_H = 1e4
 """Largest h: far longer than the diagonal of the pixels' box, and far from where squares overflow in float32."""
@@ -137,9 +142,12 @@ class Settings:
         0, "Follow curvature and PGD-10, also at eps 8/255, on so many images held out (track.csv).", alone=1000
     )
     device: str = setting("auto", "'auto' takes a GPU where there is one.")
-    amp: Literal["none", "bf16"] = setting("none", "The dtype of autocast.")
+    amp: Literal["none", "bf16", "fp16"] = setting("none", "The dtype of autocast; fp16 scales the loss.")
     seed: int = setting(0, "Of the weights, the batches' order, the augmentation and the attacks' starts.")
     limit: int | None = setting(None, "Use N training and N test images only, stratified by class.")
+    log_to: tuple[Annotated[str, OneOf(TRACKERS)], ...] = setting(
+        (), "Trackers that get the numbers of each epoch, joined by commas; TensorBoard's files go to OUT/tensorboard."
+    )
     out: str = setting("runs/finetune", "Folder of the run's results; must not exist, or be empty.")
 
     def __post_init__(self) -> None:
@@ -186,27 +194,36 @@ class Settings:
         return schedule(text, self.pretrain_epochs if "pretrain" in name else self.epochs, name)
 
 
-def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings:
+def make_settings(explicit: dict[str, Any], *, resume: bool = False, config: str | None = None) -> Settings:
     """Combine what the user set with the preset they chose: what is explicit wins, then the preset, then defaults.
 
     Without a preset, digits takes the preset of its name. With `resume` the settings of the run in `out`, if there is
     one, take the place of presets and defaults.
 
+    Args:
+        explicit: settings by name.
+        resume: as in `finetune`.
+        config: path of a JSON file with settings, which come after what is explicit and before the preset.
+
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: for an unknown preset, or a value that does not fit.
     """
-    path = Path(explicit.get("out", Settings.out)) / "config.json"
+    file = {} if config is None else read_config(Path(config), explicit)
+    path = Path({**file, **explicit}.get("out", Settings.out)) / "config.json"
     if resume and path.is_file():
+        explicit = {**file, **explicit}
         began = read_settings(path)
         if "model" not in explicit:
             refuse_code(began.model, path)
         return replace(began, **{**without_code(explicit, vars(began), path), **explicit})
-    name = explicit.get("preset")
-    if name is None and explicit.get("dataset", "digits") == "digits":
+    chosen = {**file, **explicit}
+    name = chosen.get("preset")
+    if name is None and chosen.get("dataset", "digits") == "digits":
         name = "digits"
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {shortened(name)}")
-    settings = Settings(**{**PRESETS.get(name or "", {}), **explicit, "preset": name})
+    settings = Settings(**{**PRESETS.get(name or "", {}), **chosen, "preset": name})
     known = settings_of(settings.objective)
     for name in explicit.keys() - known:
         others = [other for other in OBJECTIVES if name in settings_of(other)]
@@ -216,6 +233,29 @@ def make_settings(explicit: dict[str, Any], *, resume: bool = False) -> Settings
                 "out, or choose another --objective"
             )
     return settings
+
+
+def read_config(path: Path, explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a file of settings, all of them or some: the `config.json` of a run is one. No code runs at its word.
+
+    Args:
+        path: of the file.
+        explicit: what the user gave beside it.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it cannot be read, has a name that is no setting, or names a network that is not bundled, and
+            the user does not.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path} not found; give a JSON file of settings, such as a run's config.json")
+    content = read_json(path)
+    if unknown := sorted(content.keys() - {each.name for each in fields(Settings)}):
+        raise ValueError(f"{path} has {shortened(unknown[0])}, which is no setting: remove it")
+    if "model" in content and "model" not in explicit:
+        refuse_code(content["model"], path)
+    content |= without_code(explicit, {"model": Settings.model, **content}, path)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
 
 
 def read_settings(path: Path, *, resume: bool = True) -> Settings:

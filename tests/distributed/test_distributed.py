@@ -102,3 +102,7 @@ def test_two_measure_what_one_does(tmp_path: Path) -> None:
         for found in said(tmp_path, name):
             assert found[0] == status
             assert words in found[2]
+
+
+def test_a_process_that_fails_in_an_evaluation_stops_all_after_the_batch_they_are_at(found: dict[str, Any]) -> None:
+    assert found["failing"] == (2, "memory does not suffice for 2 images at a time: lower --batch-size")

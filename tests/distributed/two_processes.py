@@ -140,6 +140,7 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
         found[f"prepared, {backend}"] = max(errors) if count(folded.model) == 9 else "not folded"
     del os.environ["FASTCURE_BACKEND"]
 
+    found["failing"] = failing(Ranks(torch.device("cpu"), rank, 2))
     case = case_of("resnet8")
     found["model in ddp"] = refusal(lambda: curvature(DistributedDataParallel(case.copy().model), case.x, case.y))
 
@@ -196,6 +197,23 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
     found["nested"] = refusal(lambda: nested(case.x, case.y))
     found["inside"] = refusal(lambda: inside(case.x, case.y))
     return found
+
+
+def failing(ranks: Ranks) -> tuple[int, str]:
+    """An evaluation of 20 batches, in the second of which one process runs out of memory: how many this one made."""
+    begun = []
+
+    def work(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        begun.append(1)
+        if ranks.rank == 1 and len(begun) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return y
+
+    try:
+        ranks.map(work, torch.zeros(40, 1), torch.zeros(40), seed=0, batch_size=2)
+    except MemoryError as error:
+        return len(begun), str(error)
+    return len(begun), "nothing"
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -13,7 +13,7 @@ from fastcure.training.run_folder import RunFolder
 from fastcure.training.settings import make_settings
 
 COMPARED = ("model.safetensors", "original.safetensors", "history.csv", "metrics.json")
-FILES = ["config.json", "curves.png", "environment.json", *COMPARED]
+FILES = ["config.json", "curves.png", "environment.json", "state.safetensors", *COMPARED]
 SMALL = "--pretrain-epochs 1 --epochs 2 --batch-size 20 --eps 0.1 --lr 1e-3:1e-5 --gamma 0.1 --device cpu".split()
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import BufferedWriter, BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from small_runs import write_npz, write_run
 from torch import nn
 
-from fastcure.cli import main
+from fastcure.cli import _process, main
 from fastcure.evaluation import settings as measurement
 from fastcure.models import resnet8
 from fastcure.report import measures
@@ -390,3 +391,11 @@ def test_results_are_not_written_over_a_file_that_came_to_exist(place: Path) -> 
     with pytest.raises(FileExistsError, match="out has come to exist during the measurement"):
         measurement.write_results("out", {})
     assert (place / "out").read_text() == "kept"
+
+
+def test_who_reads_a_pipe_sees_each_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BufferedWriter(pipe), encoding="utf-8"))  # type: ignore[type-var]
+    _process._open_streams()
+    print("a line")
+    assert pipe.getvalue() == b"a line\n"

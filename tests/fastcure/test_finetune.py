@@ -27,6 +27,7 @@ FILES = [
     "metrics.json",
     "model.safetensors",
     "original.safetensors",
+    "state.safetensors",
 ]
 
 

@@ -6,6 +6,7 @@ from networks import relative
 from torch import Tensor, nn
 
 from fastcure import CURE, curvature, prepare
+from fastcure import _functional as functional
 from fastcure.models import resnet8
 
 
@@ -70,3 +71,34 @@ def test_a_gradient_scaler_finds_its_scale_and_changes_nothing_else(case: tuple)
     with torch.autocast("cpu", torch.float16):
         cure(x, y).total.backward()
     assert relative(found, gradients(model)) < 0.02
+
+
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_an_input_gradient_too_small_for_float16_survives(
+    monkeypatch: pytest.MonkeyPatch, microbatch: int | None
+) -> None:
+    """Of a network that is sure of its answers: 1e-9, where the smallest number of float16 is 6e-8."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, 2, 1), nn.Softplus(), nn.Conv2d(8, 8, 3, 2, 1), nn.Softplus()),
+        *(nn.Flatten(), nn.Linear(32, 5)),
+    )
+    with torch.no_grad():
+        model[-1].weight.mul_(90)  # type: ignore[operator]
+    x = torch.rand(8, 1, 8, 8)
+    y = model(x).argmax(1)
+
+    def step(amp: bool, scale: float) -> tuple[float, Tensor]:
+        model.zero_grad()
+        monkeypatch.setattr(functional, "LOSS_SCALE", scale)
+        with torch.autocast("cpu", torch.float16, enabled=amp):
+            out = CURE(model, h=0.5, gamma=1e6, microbatch=microbatch)(x, y)
+        (out.total * 2.0**16).backward()  # as a gradient scaler does
+        return float(out.penalty.detach()), torch.cat([gradient.flatten() for gradient in gradients(model)])
+
+    (penalty, gradient), (found, scaled), (lost, unscaled) = step(False, 1.0), step(True, 1024.0), step(True, 1.0)
+    assert 0 < penalty < 1e-13
+    assert found == pytest.approx(penalty, rel=0.05)
+    assert relative(scaled, gradient) < 0.05
+    assert lost == 0
+    assert relative(unscaled, gradient) > 0.5

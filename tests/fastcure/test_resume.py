@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fastcure.cli import main
 from fastcure.training.checkpoint import Progress, pack, unpack
 from fastcure.training.run import Run
 from fastcure.training.run_folder import RunFolder, reserved
+from fastcure.training.settings import make_settings
 
 
 class Killed(BaseException):
@@ -323,3 +325,53 @@ def refused(out: Path, npz: Path, capsys: pytest.CaptureFixture[str], message: s
     assert message in error
     assert error.count("\n") == 1
     assert contents(out) == before
+
+
+CONSTANT = ["--lr", "1e-3", "--ema", "0.9", "--track", "2"]
+
+
+def test_a_finished_run_that_is_prolonged_is_that_of_more_epochs(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte, where no schedule depends on the number of epochs."""
+    out, longer = tmp_path / "out", tmp_path / "longer"
+    assert finetune(npz, out, *CONSTANT, "--epochs", "1") == 0
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out", str(out), "--epochs", "2", "--seed", "1"]) == 2
+    assert "seed must be 0 as in the run to be resumed" in capsys.readouterr().err
+    assert main(["finetune", "--resume", "--out", str(out), "--epochs", "2"]) == 0
+    assert "prolonged to 2 epochs; its schedules are read as those of so many" in capsys.readouterr().out
+    assert finetune(npz, longer, *CONSTANT) == 0
+    for name in ("model.safetensors", "ema.safetensors", "original.safetensors", "history.csv", "track.csv"):
+        assert (out / name).read_bytes() == (longer / name).read_bytes(), name
+    assert (out / "metrics.json").read_bytes() == (longer / "metrics.json").read_bytes()
+    assert make_settings({"out": str(out)}, resume=True).epochs == 2
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out", str(out)]) == 0
+    assert "is finished: nothing is left to do" in capsys.readouterr().out
+    (out / "state.safetensors").unlink()
+    assert main(["finetune", "--resume", "--out", str(out), "--epochs", "3"]) == 2
+    assert "state.safetensors is missing" in capsys.readouterr().err
+
+
+def test_a_file_of_settings_is_what_flags_override(whole: Path, tmp_path: Path) -> None:
+    config = str(whole / "config.json")
+    began = make_settings({"out": str(whole)}, resume=True)
+    assert make_settings({}, config=config) == began
+    assert make_settings({"out": "new", "gamma": "3"}, config=config) == replace(began, out="new", gamma="3")
+    path = tmp_path / "some.json"
+    path.write_text('{"preset": "fast", "dataset": "npz:a", "eps": [0.2], "gamma": "2"}')
+    found = make_settings({"epochs": 3}, config=str(path))
+    assert (found.loss_at, found.gamma, found.epochs, found.eps) == ("step", "2", 3, (0.2,))
+    for text, words in (
+        ('{"gama": 1}', "has 'gama', which is no setting: remove it"),
+        ('{"model": "os:system"}', "names the model 'os:system', and only resnet8"),
+        ('{"model": "timm:vit", "model_arg": ["checkpoint_path=a.pt"]}', "names the model 'timm:vit'"),
+        ("[]", "must hold a JSON object"),
+        ('{"epochs": "many"}', "epochs must be a whole number, got 'many'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            make_settings({}, config=str(path))
+    with pytest.raises(FileNotFoundError, match=r"none\.json not found; give a JSON file of settings"):
+        make_settings({}, config=str(tmp_path / "none.json"))

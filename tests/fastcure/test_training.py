@@ -5,7 +5,9 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,10 +22,13 @@ from fastcure.models import resnet8
 from fastcure.objectives import FGSM, OBJECTIVES, Standard
 from fastcure.schedules import schedule
 from fastcure.training.average import WeightAverage
+from fastcure.training.checkpoint import Progress
 from fastcure.training.epoch import train_steps
-from fastcure.training.optimizer import OPTIMIZERS, make_optimizer
+from fastcure.training.eta import Eta, passes_of
+from fastcure.training.optimizer import OPTIMIZERS, load_scaler, make_optimizer, scaler_tensors
 from fastcure.training.ranks import Ranks, Share
 from fastcure.training.run import Run
+from fastcure.training.settings import make_settings
 from fastcure.training.tally import Tally
 
 CPU = torch.device("cpu")
@@ -265,3 +270,105 @@ def test_a_network_that_does_not_fit_the_data_is_refused(place: Path, capsys: py
     assert finetune(place / "a.npz", place / "out", "--model", "own:small") == 2
     assert "model own:small" in capsys.readouterr().err
     assert not (place / "out").exists()
+
+
+def test_a_gradient_that_overflows_float16_lowers_the_scale_and_leaves_its_step_out() -> None:
+    """It is no step that is not finite, unless the scale has come down to 1; the scale is saved and restored."""
+    model, work = network().float(), [(i, 0.0, share._replace(x=share.x.float())) for i, _, share in batches(4)]
+    expected = copy.deepcopy(model)
+    scaler, tally = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-126), Tally(CPU)
+    optimizer, options = make_optimizer(model.parameters(), "sgd"), {"autocast": torch.float16, "scaler": scaler}
+    steps = train_steps(Standard(model), work, optimizer, {"lr": schedule(str(RATE), 1)}, tally, Ranks(CPU), **options)
+    next(steps)
+    for left, weight in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(left, weight)
+    assert (scaler.get_scale(), tally.first_bad()) == (2.0, None)
+    other = torch.amp.GradScaler("cpu")
+    load_scaler(other, scaler_tensors(scaler))
+    assert other.state_dict() == scaler.state_dict()
+    list(steps)
+    train(expected, make_optimizer(expected.parameters(), "sgd"), work[1:])
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=2e-3)
+
+    work[0] = (0, 0.0, work[0][2]._replace(x=work[0][2].x * torch.nan))
+    list(
+        train_steps(Standard(model), work[:1], optimizer, {"lr": schedule(str(RATE), 1)}, tally, Ranks(CPU), **options)
+    )
+    assert tally.first_bad() is not None
+
+
+def test_a_run_in_float16_ends_like_one_in_float32(place: Path) -> None:
+    ends = []
+    for amp in ("none", "fp16"):
+        assert finetune(place / "a.npz", place / amp, "--model", "own:net", "--amp", amp) == 0
+        ends.append(load_file(place / amp / "model.safetensors")["1.weight"])
+    assert 0 < float((ends[1] - ends[0]).norm() / ends[0].norm()) < 0.01
+
+
+def test_the_time_that_is_left_is_by_the_passes_that_are_left() -> None:
+    settings = make_settings({"dataset": "npz:a", "pretrain_epochs": 2, "epochs": 3, "eps": (0.1, 0.2)})
+    passes = passes_of(settings, train=100, validation=10, test=20)
+    assert passes == (300 + 220, 1200 + 220, 20 * 43)  # CURE's step costs 12 passes, a standard one 3
+    begun = Progress(data=0, phase="pretrain", epoch=1, step=1)
+    assert passes.left(settings, begun, steps=2) == 520 / 2 + 3 * 1420 + 2 * 860
+    begun = Progress(data=0, phase="finetune", epoch=2)
+    assert passes.left(settings, begun, steps=2) == 1420 + 860
+    now = [10.0]
+    eta = Eta(1000.0, lambda: now[0])
+    assert str(eta) == ""
+    for later, made, words in ((15, 100, "45 s left"), (610, 100, "40 min left"), (30010, 200, "12 h 30 min left")):
+        now[0] = later
+        eta.made(made)
+        assert str(eta) == words
+    assert eta.seconds == 30000 * 600 / 400
+
+
+def test_numbers_go_to_trackers_through_accelerate(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By stand-ins for the packages; whatever is missing is named before anything is trained."""
+    assert finetune(place / "a.npz", place / "out", "--model", "own:net", "--log-to", "tensorboard,wandb") == 2
+    assert "is needed by --log-to: pip install" in capsys.readouterr().err
+    assert not (place / "out").exists()
+    seen: list[Any] = []
+
+    class Tracker:
+        requires_logging_directory = False
+
+        def __init__(self, *arguments: str) -> None:
+            seen.append(arguments)
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            seen.append((values["gamma"], values["eps"]))
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            seen.append((step, values))
+
+        def finish(self) -> None:
+            seen.append("finished")
+
+    class InFiles(Tracker):
+        requires_logging_directory = True
+
+    for name in ("accelerate", "accelerate.tracking", "tensorboard", "wandb"):
+        stand_in: Any = ModuleType(name)
+        stand_in.__spec__ = ModuleSpec(name, None)
+        stand_in.LOGGER_TYPE_TO_CLASS = {"tensorboard": InFiles, "wandb": Tracker}
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    flags = ["--model", "own:net", "--log-to", "tensorboard", "--track", "2"]
+    assert finetune(place / "a.npz", place / "out", *flags) == 0
+    assert seen[:2] == [("tensorboard", str(place / "out")), ("0.1", "(0.1,)")]
+    with (place / "out" / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sent = [(step, values) for step, values in seen[2:-1]]
+    followed = [(step, values) for step, values in sent if {"pretrain/clean", "finetune/clean"} & values.keys()]
+    assert [step for step, _ in followed] == [1, 2, 3]
+    assert [values[f"{row['phase']}/pgd"] for (_, values), row in zip(followed, rows, strict=True)] == [
+        float(row["pgd"]) for row in rows
+    ]
+    assert sum("track/frobenius" in values for _, values in sent) == 2
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    tested = {"test after CURE/clean": metrics["after"]["clean"], "test after CURE/0.1": metrics["after"]["pgd"]["0.1"]}
+    assert sent[-1] == (3, tested)
+    assert seen[-1] == "finished"
