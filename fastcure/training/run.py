@@ -329,8 +329,7 @@ class Run:
             return progress.track
         chosen = stratified(self.held[1], settings.track, settings.seed)
         x, y = (part[chosen].to(self.ranks.device) for part in self.held)
-        row = track_row(self.model, x, y, epoch=progress.epoch, seed=settings.seed, eps=settings.eps[-1])
-        rows = [*progress.track, row]
+        rows = [*progress.track, track_row(self.model, x, y, progress.epoch, settings.seed, settings.eps[-1])]
         if self.ranks.is_main_process:
             self.folder.write_csv("track.csv", rows)
         return rows
