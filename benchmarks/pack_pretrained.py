@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fastcure._writing import json_bytes, write_whole
 from fastcure.models import resnet8
 from fastcure.models._pretrained import PRETRAINED
 from fastcure.models.weights import load_weights
@@ -33,9 +34,9 @@ def main(run: Path, name: str) -> None:
         raise ValueError(f"the name must be in PRETRAINED, {', '.join(PRETRAINED)}, got {name!r}")
     model = resnet8(num_classes=10, in_channels=1)
     load_weights(model, run / "model.safetensors")
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    content = buffer.getvalue()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    content = file.getvalue()
     if len(content) > LARGEST:
         raise ValueError(f"the file must have at most {LARGEST:,} bytes, got {len(content):,}")
     settings, environment = (json.loads((run / f"{file}.json").read_text()) for file in ("config", "environment"))
@@ -46,8 +47,8 @@ def main(run: Path, name: str) -> None:
         "environment": {key: environment[key] for key in ("fastcure", "torch", "python", "device", "threads")},
     }
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{name}.pt").write_bytes(content)
-    (FOLDER / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_whole(FOLDER / f"{name}.pt", content)
+    write_whole(FOLDER / f"{name}.json", json_bytes(about))
     print(f"written: {FOLDER / name}.pt, {len(content):,} bytes")
 
 
