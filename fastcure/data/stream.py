@@ -23,11 +23,11 @@ class Stream:
     def __init__(self, images: Images, device: torch.device, workers: int | None) -> None:
         self.device = device
         count = default_workers() if workers is None else workers
-        self._places: list[Tensor] = []
+        self._order = _Order()
         self._loader: DataLoader[Tensor] = DataLoader(
             _Batches(images),
             batch_size=None,  # an index is that of a whole batch
-            sampler=self,  # whose order changes from epoch to epoch
+            sampler=self._order,
             num_workers=count,
             persistent_workers=count > 0,
             pin_memory=device.type == "cuda",
@@ -40,7 +40,7 @@ class Stream:
         Raises:
             ValueError: if a file is damaged.
         """
-        self._places = places
+        self._order.places = places
         batches = iter(self._loader)
         while True:
             try:
@@ -51,11 +51,18 @@ class Stream:
                 return
             yield images.to(self.device, non_blocking=True)
 
+
+class _Order:
+    """The batches of an epoch. No `Stream` itself: in a cycle of references, workers that are to end wait 5 s each."""
+
+    def __init__(self) -> None:
+        self.places: list[Tensor] = []
+
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._places)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
 
 class _Batches(Dataset[Tensor]):

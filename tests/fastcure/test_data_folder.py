@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -186,3 +187,13 @@ def test_names_are_read_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module.os, "walk", lambda *a, **k: [(p, d, sorted(f)[::-1]) for p, d, f in walk(*a, **k)])
     again = load(name)
     assert torch.equal(torch.as_tensor(data.x_train[:]), torch.as_tensor(again.x_train[:]))
+
+
+def test_workers_of_a_stream_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cycle of references they are ended by the garbage collector, in an order in which each waits for 5 s."""
+    _, files = in_files(tree(tmp_path), monkeypatch)
+    loader = Loader(files.x_train, files.y_train, 4, workers=0)
+    stream = ref(loader.stream)
+    list(loader)
+    del loader
+    assert stream() is None
