@@ -106,3 +106,7 @@ def test_two_measure_what_one_does(tmp_path: Path) -> None:
 
 def test_a_process_that_fails_in_an_evaluation_stops_all_after_the_batch_they_are_at(found: dict[str, Any]) -> None:
     assert found["failing"] == (2, "memory does not suffice for 2 images at a time: lower --batch-size")
+
+
+def test_a_step_reduces_its_gradients_once_as_one_vector_beside_four_sums(found: dict[str, Any]) -> None:
+    assert found["reduced"] == [4 * found["parameters"], 4 * 8]

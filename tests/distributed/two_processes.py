@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,10 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
         schedules = {name: schedule("1", 1, name) for name in ("lr", "h", "gamma")}
         schedules["lr"] = schedule("0", 1, "lr")
         tally, ranks = Tally(torch.device("cpu")), Ranks(torch.device("cpu"), rank, 2)
-        list(train_steps(CURE(model), [(0, 0.0, ranks.share(few.x, few.y))], optimizer, schedules, tally, ranks))
+        with reductions() as reduced:
+            list(train_steps(CURE(model), [(0, 0.0, ranks.share(few.x, few.y))], optimizer, schedules, tally, ranks))
+        found["reduced"] = reduced
+        found["parameters"] = sum(p.numel() for p in model.parameters())
         found[f"finetune on {rows}"] = relative(gradient(model), truth(few, h=1.0, gamma=1.0))
         found[f"images of {rows}"] = float(tally.numbers[3])
 
@@ -197,6 +200,24 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
     found["nested"] = refusal(lambda: nested(case.x, case.y))
     found["inside"] = refusal(lambda: inside(case.x, case.y))
     return found
+
+
+@contextmanager
+def reductions() -> Iterator[list[int]]:
+    """Bytes of each reduction of floating point numbers, in their order."""
+    found: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any) -> Any:
+        if tensor.is_floating_point():
+            found.append(tensor.nbytes)
+        return all_reduce(tensor, *arguments)
+
+    dist.all_reduce = counted  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        dist.all_reduce = all_reduce
 
 
 def failing(ranks: Ranks) -> tuple[int, str]:
