@@ -30,7 +30,7 @@ def entry() -> NoReturn:
         if not torchrun:
             raise
         sys.excepthook(*sys.exc_info())
-    status = _flush_streams() or status
+    status = _flush_streams(said=status != 0) or status
     if not torchrun:
         sys.exit(status)
     logging.shutdown()
@@ -53,8 +53,12 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def _flush_streams() -> int:
-    """Write what is still in the streams; return a status other than 0 where that fails, and let nothing fail later."""
+def _flush_streams(said: bool) -> int:
+    """Write what is still in the streams; return a status other than 0 where that fails, and let nothing fail later.
+
+    Args:
+        said: whether an error has been printed: what a line could not be written for is not said again.
+    """
     status = 0
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -62,7 +66,7 @@ def _flush_streams() -> int:
         except BrokenPipeError:  # as of `| head`
             status = CLOSED_PIPE
         except (OSError, ValueError) as error:
-            status = fail(error, 2)
+            status = 2 if said else fail(error, 2)
         else:
             continue
         with suppress(OSError, ValueError):

@@ -78,7 +78,7 @@ OPTIONS = {
 }
 READING = "model-arg image-size val-fraction workers"
 SHARED = {
-    "finetune": f"{READING} mean std",
+    "finetune": f"{READING} mean std config log-to",
     "evaluate": f"{READING} eot autoattack-images",
     "analyze": READING,
     "report": f"{READING} model checkpoint surrogate mean std dataset batch-size eps-l2 autoattack-images",
