@@ -6,11 +6,12 @@ group; its destructor then joins gloo's threads while it holds the interpreter's
 
 import faulthandler
 import os
+import secrets
 import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,12 @@ def _process(rank: int, result: Path, work: Callable[..., Any], arguments: tuple
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on, below those that a system gives to connections: it stays free until it is used."""
+    while True:
+        with socket.socket() as listener, suppress(OSError):
+            port = secrets.choice(range(10_000, 32_000))
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class Unused(nn.Module):
