@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from small_digits import EPS, datasets, report, standard_training
+from small_digits import EPS, datasets, fit, report
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -37,7 +37,7 @@ def network(train: TensorDataset) -> nn.Module:
         downsample_in_first_stage=False,
     )
     model = transformers.ResNetForImageClassification(config)
-    standard_training(model, train, epochs=5)
+    fit(fastcure.objectives.Standard(model), train, epochs=5, lr=3e-3)
     return model
 
 

@@ -5,10 +5,9 @@ loss's gradients at an image and at a random point near it.
 """
 
 import torch
-from small_digits import EPS, datasets, report, trained_network
+from small_digits import EPS, datasets, fit, report, trained_network
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import fastcure
 from fastcure.objectives import Objective, ObjectiveOutput
@@ -50,15 +49,7 @@ def main(images: int | None = None, epochs: int = 4) -> nn.Module:
     model = trained_network(train)
     report("standard training", model, test)
 
-    objective = GradAlign(model, EPS, gamma=1.0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(epochs):
-        model.train()
-        for x, y in DataLoader(train, batch_size=32, shuffle=True):
-            optimizer.zero_grad()
-            objective(x, y).total.backward()
-            optimizer.step()
-
+    fit(GradAlign(model, EPS, gamma=1.0), train, epochs, lr=2e-3)
     report("after GradAlign", model, test)
     return model
 

@@ -34,17 +34,16 @@ def trained_network(train: TensorDataset, epochs: int = 5) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32 * 4 * 4, 10),
     )
-    standard_training(model, train, epochs)
+    fit(fastcure.objectives.Standard(model), train, epochs, lr=3e-3)
     return model
 
 
-def standard_training(model: nn.Module, train: TensorDataset, epochs: int) -> None:
-    """Train with cross-entropy."""
-    objective = fastcure.objectives.Standard(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+def fit(objective: fastcure.objectives.Objective, images: TensorDataset, epochs: int, lr: float) -> None:
+    """Train the network of an objective, by the loop of `plain_loop.py`."""
+    optimizer = torch.optim.Adam(objective.parameters(), lr=lr)
     for _ in range(epochs):
-        model.train()
-        for x, y in DataLoader(train, batch_size=32, shuffle=True):
+        objective.model.train()
+        for x, y in DataLoader(images, batch_size=32, shuffle=True):
             optimizer.zero_grad()
             objective(x, y).total.backward()
             optimizer.step()

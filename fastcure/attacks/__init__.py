@@ -1,9 +1,10 @@
 """Attacks: images near the given ones that a model gets wrong, in pixels in [0, 1]."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcure.attacks._autoattack import autoattack
 from fastcure.attacks._deepfool import DeepFool, deepfool
@@ -12,28 +13,12 @@ from fastcure.attacks._margin import margin_loss
 from fastcure.attacks._spsa import spsa
 
 
-def _fgsm(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    *,
-    eot: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    return fgsm(model, x, y, eps, eot=eot)  # draws nothing
+def _fgsm(*args: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+    return fgsm(*args, **options)  # draws nothing
 
 
-def _spsa(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float | Tensor,
-    *,
-    eot: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    return spsa(model, x, y, eps, generator=generator)  # its estimate is a mean of many passes as it is
+def _spsa(*args: Any, eot: int = 1, **options: Any) -> Tensor:
+    return spsa(*args, **options)  # its estimate is a mean of many passes as it is
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": _fgsm, "pgd": pgd, "spsa": _spsa, "autoattack": autoattack}
