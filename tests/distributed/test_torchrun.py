@@ -1,6 +1,5 @@
 """Processes of torchrun end with the right status, and only when the results are on the disk."""
 
-import json
 import os
 import subprocess
 import sys
@@ -80,7 +79,7 @@ fastcure.cli.entry()
 
 
 @pytest.mark.slow
-def test_no_process_ends_before_the_results_are_written_and_read(tmp_path: Path) -> None:
+def test_no_process_ends_before_the_results_are_written(tmp_path: Path) -> None:
     npz, out, script = write_npz(tmp_path / "bright.npz"), tmp_path / "out", tmp_path / "slow.py"
     script.write_text(SLOW)
     done = start([*TORCHRUN, str(script), "finetune", "--dataset", f"npz:{npz}", "--out", str(out), *SMALL])
@@ -88,10 +87,6 @@ def test_no_process_ends_before_the_results_are_written_and_read(tmp_path: Path)
     assert done.stdout.count("results in") == done.stdout.count("on 2 x cpu") == 1
     for rank in (0, 1):
         assert (tmp_path / f"seen-{rank}").read_text().split() == sorted(FILES)
-    command = [*TORCHRUN, "-m", "--", "fastcure", "evaluate", "--eps", "0.1"]
-    done = start([*command, "--run", str(out), "--device", "cpu", "--out", str(tmp_path / "results.json")])
-    assert done.returncode == 0, done.stderr
-    assert "clean" in json.loads((tmp_path / "results.json").read_text())
 
 
 FAILS = """

@@ -337,7 +337,7 @@ def measures(rank: int, folder: Path, ports: list[int]) -> None:
 
 
 MEASURES = {
-    "evaluate": "--batch-size 5 --limit 13 --eps 0.05,0.1 --attacks fgsm,pgd,spsa --restarts 2 --steps 1 "
+    "evaluate": "--batch-size 5 --limit 13 --eps 0.05,0.1 --attacks fgsm,pgd --restarts 2 --steps 1 "
     "--device cpu".split(),
     "analyze": "--batch-size 5 --limit 13 --probes 3 --extremes 2 --device cpu".split(),
 }

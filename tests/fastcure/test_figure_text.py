@@ -97,6 +97,7 @@ def test_a_legend_shows_a_name_that_begins_with_an_underscore(monkeypatch: pytes
     assert [name.strip() for name in shown] == ["_run"]
 
 
+@pytest.mark.picture
 def test_a_run_on_a_path_with_a_dollar_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d$^$").mkdir()

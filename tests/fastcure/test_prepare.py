@@ -31,14 +31,14 @@ def test_n_of_n_are_found_and_nothing_changes(name: str, act: Activation) -> Non
 @pytest.mark.parametrize("act", [relu, nn.GELU])
 def test_fp32(name: str, act: Activation) -> None:
     errors = []
-    for seed in range(3):
+    for seed in range(3 if act is relu else 1):
         case = style(name, act, seed).copy(torch.float32)
         # Given: a sign may flip where the gradient is nearly zero. Long: a short step leaves few digits of d.
         z = F.normalize(torch.randn_like(case.x).flatten(1)).view_as(case.x)
         ours, truths = (gradients(case, prepared, direction=z, h=3.0) for prepared in (True, False))
         values = [relative(value, truth) for value, truth in zip(ours[:3], truths[:3], strict=True)]
         errors.append(max(*values, relative(ours[3:], truths[3:])))
-    assert sorted(errors)[1] < 1e-5  # the median: a kink of a ReLU may fall on the other side
+    assert sorted(errors)[len(errors) // 2] < 1e-5  # the median: a kink of a ReLU may fall on the other side
 
 
 def operators(case: Case) -> Counter[str]:
