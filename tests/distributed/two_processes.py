@@ -5,6 +5,7 @@ group; its destructor then joins gloo's threads while it holds the interpreter's
 """
 
 import faulthandler
+import multiprocessing
 import os
 import secrets
 import signal
@@ -46,7 +47,11 @@ def in_two_processes(work: Callable[..., Any], *arguments: Any) -> Any:
     """Run `work(rank, *arguments)` in both; return what it returns in the first."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
-        torch.multiprocessing.spawn(_process, (result, work, arguments), nprocs=2)
+        # Children of a process that has imported torch, and done nothing with it, need not import it again.
+        multiprocessing.set_forkserver_preload(["torch._dynamo"])
+        torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+            _process, (result, work, arguments), nprocs=2, start_method="forkserver"
+        )
         return torch.load(result, weights_only=False)
 
 

@@ -102,14 +102,14 @@ def test_another_shape_is_another_compilation_and_right(counter: CompileCounterW
 
 
 def test_modes_of_calling(counter: object) -> None:
-    case = make(NETWORKS["batch_norm-relu-max"], 4, seed=0)
-    z = torch.randn_like(case.x)
+    case, small = (make(NETWORKS[name], 4, seed=0) for name in ("batch_norm-relu-max", "mlp-softplus"))
+    z = torch.randn_like(small.x)
     soft = Case(case.model, case.x, F.one_hot(case.y, 7).double())
     own_h = torch.tensor([0.3, 0.6, 0.9, 1.2]).double()
     for these, options in [
-        (case, {"direction": z}),
+        (small, {"direction": z}),
         (soft, {}),
-        (case, {"h": own_h}),
+        (small, {"h": own_h}),
         (case, {"batch_stats": "split"}),
     ]:
         ours, truth = (gradients(these.copy(), engine, **options) for engine in ("compile", "reference"))
