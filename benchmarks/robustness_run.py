@@ -166,9 +166,9 @@ class Run:
         }
 
     def _batches(self, loader: Loader, epoch: int) -> Iterator[tuple[int, float, Share]]:
-        for index, (x, y) in enumerate(loader):
-            x = x.contiguous(memory_format=torch.channels_last)
-            yield index, epoch + index / len(loader), Ranks(self.device).share(x, y)
+        for index, batch in enumerate(loader.batches()):
+            batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+            yield index, epoch + index / len(loader), Ranks(self.device).counted(batch, len(batch.x))
 
     def cost(self, model: nn.Module) -> float:
         """Count the forward passes that a sample's training takes."""

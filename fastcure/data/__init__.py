@@ -4,20 +4,23 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastcure._augmentation import Augment, Transform
 from fastcure._fields import shortened
 from fastcure.data import cifar10, digits, fashion_mnist, folder, hub, npz, svhn
 from fastcure.data.dataset import Dataset, Reading
 from fastcure.data.image_files import ImageFiles
-from fastcure.data.loader import Augment, Loader, default_augmentation
+from fastcure.data.loader import Batch, Loader, default_augmentation
 from fastcure.data.sample import hold_out, limited, sampled, stratified
 
 __all__ = [
     "ADDRESSES",
     "DATASETS",
     "Augment",
+    "Batch",
     "Dataset",
     "ImageFiles",
     "Loader",
+    "Transform",
     "default_augmentation",
     "hold_out",
     "limited",

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastcure._augmentation import Augment, Transform, augmented, windows
 from fastcure.data.image_files import Images
 from fastcure.data.stream import Stream
 
@@ -14,16 +14,17 @@ RESIDENT = 0.5
 """Share of a GPU's free memory that images may take."""
 
 
-class Augment(NamedTuple):
-    """Random changes of a training image that keep its label.
+class Batch(NamedTuple):
+    """Images of a step, and where they come from; all on the loader's device."""
 
-    Attributes:
-        pad: largest shift in pixels, in either direction of each axis; what moves in is zero.
-        flip: mirror left to right, with probability one half.
-    """
-
-    pad: int = 0
-    flip: bool = False
+    x: Tensor
+    """float32 (B, C, H, W) in [0, 1], augmented."""
+    y: Tensor
+    """int64 (B,)."""
+    index: Tensor
+    """int64 (B,), the places of the images among those that the loader was given."""
+    transform: Transform
+    """How they were augmented."""
 
 
 def default_augmentation(dataset_name: str) -> Augment | None:
@@ -44,6 +45,8 @@ def default_augmentation(dataset_name: str) -> Augment | None:
 
 class Loader:
     """Iterate over batches ``(x, y)``: float32 (B, C, H, W) in [0, 1], and int64 (B,), on the device.
+
+    ``batches`` tells of each batch as well which images they are, and how they were augmented.
 
     All that is random in an epoch (order, shifts, flips) is drawn on the CPU when its iteration starts:
     seeded epochs are the same on every device, streamed or not, and the generator's state taken between two
@@ -102,12 +105,13 @@ class Loader:
         pad, (H, W) = self.augment.pad, x.shape[2:]
         if not 0 <= pad < min(H, W):
             raise ValueError(f"augment.pad must lie in 0..{min(H, W) - 1} for {H} x {W} images, got {pad}")
+        self.size = H, W
         self.device = torch.device(device)
         self.stream: Stream | None = None
         if stream or not isinstance(x, Tensor) or (stream is None and not _fits(x, pad, self.device)):
             self.stream = Stream(x, self.device, workers)
         else:
-            self.windows = self._windows(x.to(device))
+            self.windows = windows(x.to(device), pad)
         self.y = y.to(device)
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -120,9 +124,9 @@ class Loader:
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches()
+        return ((batch.x, batch.y) for batch in self.batches())
 
-    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, start: int = 0) -> Iterator[Batch]:
         """Iterate over an epoch from its batch ``start`` on; those before are drawn, but not read."""
         N, B = len(self.y), self.batch_size
         order = torch.randperm(N, generator=self.generator) if self.shuffle else torch.arange(N)
@@ -134,16 +138,11 @@ class Loader:
             return self._streamed(self.stream, parts)
         return (self._batch(self.windows, part[0], part) for part in parts)
 
-    def _streamed(self, stream: Stream, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _streamed(self, stream: Stream, parts: list[Tensor]) -> Iterator[Batch]:
         read = stream.batches([part[0] for part in parts])
         for part, images in zip(parts, read, strict=True):
             places = torch.arange(len(images), device=self.device)
-            yield self._batch(self._windows(images), places, part.to(self.device, non_blocking=True))
-
-    def _windows(self, x: Tensor) -> Tensor:
-        """A view (N, C, 2 pad + 1, 2 pad + 1, H, W) of every shift of every image: one gather crops a batch."""
-        pad, (H, W) = self.augment.pad, x.shape[2:]
-        return (F.pad(x, (pad,) * 4) if pad else x).unfold(2, H, 1).unfold(3, W, 1)
+            yield self._batch(windows(images, self.augment.pad), places, part.to(self.device, non_blocking=True))
 
     def _shared(self, part: Tensor) -> Tensor:
         first, step = self.share
@@ -156,13 +155,11 @@ class Loader:
             return torch.zeros(N, dtype=torch.int64)
         return torch.randint(choices, (N,), generator=self.generator)
 
-    def _batch(self, windows: Tensor, places: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Crop and mirror the images at `places` of the windows; a column of `part` says how, and which image it is."""
-        index, down, right, mirror = part
-        x = windows[places, :, down, right]
-        if self.augment.flip:
-            x = torch.where(mirror.bool()[:, None, None, None], x.flip(3), x)
-        return x.float() / 255, self.y[index]
+    def _batch(self, windows: Tensor, places: Tensor, part: Tensor) -> Batch:
+        """Augment the images at `places` of the windows; a column of `part` says which image it is, and how."""
+        index, draws = part[0], part[1:]
+        x = augmented(windows, places, self.augment.flip, draws)
+        return Batch(x.float() / 255, self.y[index], index, Transform(self.augment, self.size, draws))
 
 
 def _fits(x: Tensor, pad: int, device: torch.device) -> bool:

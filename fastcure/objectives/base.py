@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from fastcure._augmentation import Transform
 from fastcure._diagnostics.modes import regularisation_left_out
 from fastcure._functional import LossFn, cross_entropy, evaluation_mode, unwrap
 from fastcure._torch_compat import FSDP_ATTRIBUTE
@@ -72,6 +73,15 @@ class Objective(nn.Module):
     Settings are attributes of the objective itself: set on a wrapper around it (`ddp.gamma` in place of
     `ddp.module.gamma`), they raise an error in the next call.
 
+    An objective may keep something of each training sample, such as its last perturbation or its mean loss: in buffers
+    that `per_sample` names and `allocate` makes. A step reads and writes their rows at `index`, and leaves the others
+    as they are. `fastcure finetune` does the rest. It puts the rows back where a step is repeated for want of memory or
+    left out; it gives every process the rows of the others after each step; and it saves them, so that a resumed run
+    has them bit for bit. Other buffers are those of the main process, as the statistics of batch norms are.
+    `transform` takes what is kept in the coordinates of the images into those of the augmented ones, and back. A loop
+    of your own passes `index` itself; around such an objective, a `DistributedDataParallel` needs
+    `broadcast_buffers=False`, and the loop gathers the rows.
+
     Args:
         model: the network, its normalisation inside.
         loss_fn: `(logits, y) -> (B,)`.
@@ -92,6 +102,10 @@ class Objective(nn.Module):
     """Those of the settings that are numbers, which a trainer may have follow a schedule."""
     modes: ClassVar[tuple[str, ...]] = ("train", "frozen")
     """Known values of `batch_stats`."""
+    per_sample: ClassVar[tuple[str, ...]] = ()
+    """Buffers with a row for each training sample, `(N, ...)`."""
+    transform: Transform = Transform()
+    """How the images of the batch were augmented; a trainer sets it before each step."""
     microbatch: int | None = None
     """Samples that are evaluated at a time; None for the whole batch."""
     generator: torch.Generator | None = None
@@ -125,9 +139,18 @@ class Objective(nn.Module):
         Args:
             x: `(B, ...)`, images.
             y: class indices `(B,)` or probabilities `(B, C)`; whatever `loss_fn` takes.
-            index: int64 `(B,)`, the places of the samples in the data set, for objectives that keep something of each.
+            index: int64 `(B,)`, the places of the samples among those that are trained on, the same in each epoch; for
+                objectives that keep something of each.
         """
         raise NotImplementedError
+
+    def allocate(self, count: int, shape: torch.Size) -> None:
+        """Register the buffers that are `per_sample`; a trainer calls it once, and moves them to its device.
+
+        Args:
+            count: N, how many samples are trained on.
+            shape: `(C, H, W)`, of an image.
+        """
 
     @contextmanager
     def passes(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastcure.objectives import Objective
 from fastcure.schedules import Schedule
 from fastcure.training.average import WeightAverage
+from fastcure.training.buffers import Buffers
 from fastcure.training.ranks import Ranks, Share, out_of_memory
 from fastcure.training.tally import Tally
 
@@ -32,11 +33,11 @@ def train_steps(
     Each process takes its share of a batch, and its images weigh as those of any other. Gradients are added up only
     when every process has its own: where memory runs out in one, all halve `objective.microbatch` and repeat the step.
     (In a DistributedDataParallel the others would wait for it in their backward.) Where loss, penalty or gradient are
-    not finite, neither weights nor statistics move; no value is read for that, so that nobody waits for a GPU.
+    not finite, neither weights nor buffers change; no value is read for that, so that nobody waits for a GPU.
 
     Args:
         objective: of the step.
-        batches: index in the epoch, time in epochs, and this process's share.
+        batches: number in the epoch, time in epochs, and this process's share.
         optimizer: of the model's parameters; one that looks at `found_inf`, as fused ones do.
         schedules: of `lr`, and of attributes of the objective, set before each step.
         tally: takes the numbers of each step.
@@ -53,22 +54,23 @@ def train_steps(
     model = objective.model
     model.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    buffers = list(model.buffers()) if objective.updates_buffers else []
-    for index, now, batch in batches:
+    buffers = Buffers(objective)
+    for step, now, batch in batches:
         for name, schedule in schedules.items():
             if name != "lr":
                 setattr(objective, name, schedule.at(now))
         for group in optimizer.param_groups:
             group["lr"] = schedules["lr"].at(now)
-        ranks.broadcast(buffers)
-        before = [buffer.clone() for buffer in buffers]
+        objective.transform = batch.transform
+        ranks.broadcast(buffers.shared)
+        before = buffers.copy(batch.index)
         random = _random_state(ranks.device, objective.generator)
         while True:
             optimizer.zero_grad()
             sums = _backward(objective, batch, autocast, scaler)
             if not ranks.all_reduce_max(sums is None):
                 break
-            _set(buffers, before)
+            buffers.put_back(batch.index, before)
             _set_random_state(ranks.device, objective.generator, random)
             _halve(objective, -(-batch.whole // ranks.size))
         assert sums is not None
@@ -76,7 +78,7 @@ def train_steps(
         ranks.all_reduce([*gradients, sums])
         fits = None if scaler is None else _unscale(scaler, optimizer)
         norm = nn.utils.get_total_norm(gradients)
-        finite = tally.add(index, sums, norm if fits is None else torch.where(fits, norm, 0.0))
+        finite = tally.add(step, sums, norm if fits is None else torch.where(fits, norm, 0.0))
         finite = finite if fits is None else finite & fits
         if clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -84,7 +86,7 @@ def train_steps(
         optimizer.step()
         if scaler is not None:
             scaler.update()
-        _set(buffers, [torch.where(finite, *pair) for pair in zip(buffers, before, strict=True)])
+        buffers.settle(batch, before, finite, ranks)
         if average is not None:
             average.update(model, finite)
         yield
@@ -110,10 +112,10 @@ def _backward(
         float64 (4,): over the images of this process the sums of loss, penalty, correct answers and 1; None if memory
         ran out.
     """
-    x, y, count, whole = batch  # all must have gradients, be it of one image of weight zero
+    x, y, index, _, count, whole = batch  # all must have gradients, be it of one image of weight zero
     try:
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-            total, loss, penalty, logits = objective(x, y)
+            total, loss, penalty, logits = objective(x, y, index)
         total = total * (count / whole)
         (total if scaler is None else scaler.scale(total)).backward()
         correct = (logits.argmax(1) == y).float().mean()
@@ -140,12 +142,6 @@ def _halve(objective: Objective, images: int) -> None:
             "lower --batch-size, or take a smaller --model"
         )
     objective.microbatch = (tried + 1) // 2
-
-
-@torch.no_grad()
-def _set(tensors: list[Tensor], values: list[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 def _random_state(device: torch.device, generator: torch.Generator | None) -> list[Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
-from fastcure.objectives import OBJECTIVES, Objective
+from fastcure.objectives import OBJECTIVES, Objective, Standard
 from fastcure.objectives.standard import smoothed
 from fastcure.schedules import Schedule
 from fastcure.units import eps_to_h
@@ -19,6 +20,9 @@ OPTIONS = ("power", "engine", "batch_stats", "loss_at", "fraction", "microbatch"
 
 SCHEDULES = {"gamma": "gamma", "h": "h", "eps": "train_eps"}
 """The setting of a run that has the schedule of each number of an objective."""
+
+
+ByPhase = dict[Literal["pretrain", "finetune"], Objective]
 
 
 def settings_of(name: str) -> set[str]:
@@ -46,6 +50,36 @@ def make_objective(settings: Settings, model: nn.Module, microbatch: int | None 
     options["engine"] = "eager" if settings.engine == "auto" else settings.engine  # so that a resumed run is the same
     options |= {"loss_fn": smoothed(settings.label_smoothing), "eps": 0.0}  # eps: a schedule sets it
     return kind(model, **{name: value for name, value in options.items() if name in kind.settings})
+
+
+def make_objectives(settings: Settings, model: nn.Module, images: torch.Size, device: torch.device) -> ByPhase:
+    """Return the objective of each phase of a run, on the device, with room for what it keeps of each training sample.
+
+    Args:
+        settings: of the run.
+        model: to train.
+        images: `(N, C, H, W)`, of those that are trained on.
+        device: of the model.
+
+    Raises:
+        ValueError: if a buffer that fine-tuning's is to have is not there, would not be saved, or has not N rows.
+    """
+    objective = make_objective(settings, model)
+    objective.allocate(images[0], images[1:])
+    saved, kind = objective.state_dict(), type(objective).__name__
+    for name in objective.per_sample:
+        if name not in saved:
+            raise ValueError(
+                f"{kind}.per_sample must name buffers that are saved, got {name!r}: call "
+                f"self.register_buffer({name!r}, ...) in allocate"
+            )
+        if saved[name].shape[:1] != images[:1]:
+            raise ValueError(
+                f"{kind}.{name} must be ({images[0]}, ...), a row for each training sample, got "
+                f"{tuple(saved[name].shape)}: make it of the count that allocate is given"
+            )
+    standard = Standard(model, smoothed(settings.label_smoothing))
+    return {"pretrain": standard, "finetune": objective.to(device)}
 
 
 def schedules_of(settings: Settings, numel: int) -> dict[str, Schedule]:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastcure._augmentation import Transform
+from fastcure.data import Batch
 from fastcure.evaluation.accuracy import batches
 
 DEADLINE = timedelta(minutes=30)
@@ -26,6 +28,10 @@ class Share(NamedTuple):
 
     x: Tensor
     y: Tensor
+    index: Tensor
+    """int64 `(B,)`, the places of its images among those that are trained on."""
+    transform: Transform
+    """How they were augmented."""
     counting: int
     """How many of its images count: all, or none where the batch is too small for every process to have one."""
     whole: int
@@ -48,13 +54,39 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def share(self, x: Tensor, y: Tensor) -> Share:
-        """Return every `size`-th image of a batch, beginning with the `rank`-th; the first, uncounted, if none is."""
-        mine = slice(self.rank, None, self.size) if len(x) > self.rank else slice(1)
-        return self.counted(x[mine], y[mine], len(x))
+        """Return every `size`-th image of a batch, beginning with the `rank`-th; the first, uncounted, if none is.
 
-    def counted(self, x: Tensor, y: Tensor, whole: int) -> Share:
+        The batch is all that is trained on, as it is.
+        """
+        mine = slice(self.rank, None, self.size) if len(x) > self.rank else slice(1)
+        index = torch.arange(len(x), device=x.device)[mine]
+        return self.counted(Batch(x[mine], y[mine], index, Transform()), len(x))
+
+    def counted(self, batch: Batch, whole: int) -> Share:
         """Return images of this process as its share of a batch of `whole` images."""
-        return Share(x, y, len(range(self.rank, whole, self.size)), whole)
+        return Share(*batch, len(range(self.rank, whole, self.size)), whole)
+
+    def gather(self, rows: Iterable[Tensor], whole: int) -> list[Tensor]:
+        """Put rows of the shares of a batch together: bit for bit, and in the order of the batch.
+
+        Args:
+            rows: tensors `(B, ...)`, a row for each image of this process's share.
+            whole: images of the batch, in all processes.
+
+        Returns:
+            tensors `(whole, ...)`.
+        """
+        if self.size == 1:
+            return list(rows)
+        found = []
+        for mine in rows:
+            every = mine.new_zeros((whole, *mine.shape[1:]))
+            share = every[self.rank :: self.size]
+            share.copy_(mine[: len(share)])
+            found.append(every)
+        # Bytes, of which all but one process's are zero: a sum of floats would lose the sign of a zero.
+        self.all_reduce([every.view(-1).view(torch.uint8) for every in found])
+        return found
 
     def all_reduce_max(self, value: int) -> int:
         """Return the largest value of any process."""

@@ -17,15 +17,15 @@ from tqdm import tqdm
 from fastcure.attacks import pgd
 from fastcure.data import Dataset, Loader, default_augmentation, stratified
 from fastcure.evaluation.accuracy import correct
-from fastcure.objectives import OBJECTIVES, Objective, Standard
-from fastcure.objectives.standard import smoothed
+from fastcure.objectives import OBJECTIVES, Objective
 from fastcure.training.average import WeightAverage
+from fastcure.training.buffers import Buffers
 from fastcure.training.checkpoint import Parts, Progress, checksum, pack, unpack
 from fastcure.training.epoch import train_steps
 from fastcure.training.eta import Eta, passes_of
 from fastcure.training.history import epoch_line, epoch_row
 from fastcure.training.interrupt import Interrupted, Interruption
-from fastcure.training.objective import make_objective, schedules_of
+from fastcure.training.objective import make_objectives, schedules_of
 from fastcure.training.optimizer import load_optimizer, load_scaler, make_optimizer, optimizer_tensors, scaler_tensors
 from fastcure.training.ranks import Ranks, Share
 from fastcure.training.run_folder import RunFolder
@@ -86,6 +86,7 @@ class Run:
             share=(ranks.rank, ranks.size),
         )
         self.progress = Progress(data=checksum(*data[:4], *held), microbatch=settings.microbatch)
+        self.objectives = make_objectives(settings, model, data.x_train.shape, ranks.device)
         self.optimizer = self._optimizer()
         self.average: WeightAverage | None = None
         self.scaler = torch.amp.GradScaler(ranks.device.type) if settings.amp == "fp16" else None
@@ -112,7 +113,7 @@ class Run:
                 f"{progress.phase}, which has {epochs} epochs of {len(self.loader)} steps"
             )
         try:
-            self.model.load_state_dict(parts["model"])
+            self.objectives[progress.phase].load_state_dict(parts["objective"])
             load_optimizer(self.optimizer, parts.get("optimizer", {}))
             if progress.phase == "finetune" and self.settings.ema is not None:
                 self.average = WeightAverage(self.model, self.settings.ema)
@@ -148,14 +149,13 @@ class Run:
         progress, settings = self.progress, self.settings
         fine_tuning = progress.phase == "finetune"
         self._clock = time.perf_counter() - progress.seconds.get(progress.phase, 0.0)
-        if fine_tuning:
-            schedules = schedules_of(settings, numel=self.test[0][0].numel())
-            objective = make_objective(settings, self.model, progress.microbatch)
-            objective.generator = self._generator_of_steps
-        else:
-            schedules = {"lr": settings.schedule("pretrain_lr")}
-            objective = Standard(self.model, smoothed(settings.label_smoothing))
-        self.ranks.broadcast(self.model.state_dict().values())
+        numel = self.test[0][0].numel()
+        schedules = schedules_of(settings, numel) if fine_tuning else {"lr": settings.schedule("pretrain_lr")}
+        objective = self.objectives[progress.phase]
+        objective.generator = self._generator_of_steps
+        if objective.can_microbatch:
+            objective.microbatch = progress.microbatch
+        self.ranks.broadcast(objective.state_dict().values())
         self._epoch_began_at = self._generator.get_state()
         self._save()
         if fine_tuning and not progress.track:  # a run that was stopped in its first epoch has the row already
@@ -174,7 +174,7 @@ class Run:
                 if objective.can_microbatch:
                     self._note_microbatch(objective.microbatch)
                 self._pause()
-            self.ranks.broadcast(self.model.buffers())  # of batch norms, which saw other images elsewhere
+            self.ranks.broadcast(Buffers(objective).shared)  # of batch norms, which saw other images elsewhere
             self._save()
             self._recalibrate(objective)
             result = self.tally.result()
@@ -227,12 +227,12 @@ class Run:
         left, images = self.loader.batches(step), len(self.loader.y)
         progress, seed = self.progress, self.settings.seed
         bar = self._bar(left, title, unit="step", initial=step, total=steps, postfix=str(self.eta))
-        for index, (x, y) in enumerate(bar, step):
+        for index, batch in enumerate(bar, step):
             # Of the step and the process alone: a resumed run draws what it would have drawn.
             place = f"{seed} {progress.phase} {progress.epoch} {index} {self.ranks.rank}"
             self._generator_of_steps.manual_seed(zlib.crc32(place.encode()))
             whole = min(self.settings.batch_size, images - index * self.settings.batch_size)
-            yield index, self.progress.epoch + index / steps, self.ranks.counted(x, y, whole)
+            yield index, self.progress.epoch + index / steps, self.ranks.counted(batch, whole)
 
     def _note_microbatch(self, microbatch: int | None) -> None:
         """Remember, and say, that memory sufficed for so few images only."""
@@ -288,7 +288,7 @@ class Run:
             if self.ranks.device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
             parts: Parts = {
-                "model": self.model.state_dict(),
+                "objective": self.objectives[progress.phase].state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer),
                 "random": random,
                 "tally": {"numbers": self.tally.numbers},

@@ -309,16 +309,16 @@ def distress(rank: int, npz: Path, folder: Path, ports: list[int]) -> None:
     def run(name: str, *flags: str) -> None:
         commands(name, "finetune", "--dataset", f"npz:{npz}", "--out", str(folder / name), *SMALL, *flags)
 
-    def small(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
-        out = forward(cure, x, y)
+    def small(cure: CURE, x: Tensor, y: Tensor, index: Tensor) -> CUREOutput:
+        out = forward(cure, x, y, index)
         if rank == 1 and min(cure.microbatch or len(x), len(x)) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return out
 
-    def spoilt(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
+    def spoilt(cure: CURE, x: Tensor, y: Tensor, index: Tensor) -> CUREOutput:
         steps.append(1)
         factor = torch.nan if rank == 1 and len(steps) == 5 else 1
-        return CUREOutput(*(part * factor for part in forward(cure, x, y)))
+        return CUREOutput(*(part * factor for part in forward(cure, x, y, index)))
 
     CURE.forward = small  # type: ignore[method-assign]
     run("memory")

@@ -63,9 +63,9 @@ def poison(patch: pytest.MonkeyPatch, where: Callable[[int, Tensor], bool], kind
     """Spoil the steps of CURE for which `where(how many there were, x)`."""
     forward, steps = CURE.forward, []
 
-    def poisoned(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
+    def poisoned(cure: CURE, x: Tensor, y: Tensor, index: Tensor) -> CUREOutput:
         steps.append(1)
-        out = forward(cure, x, y)
+        out = forward(cure, x, y, index)
         return POISONS[kind](out, cure) if where(len(steps), x) else out
 
     patch.setattr(CURE, "forward", poisoned)
@@ -245,8 +245,8 @@ def limit_memory(patch: pytest.MonkeyPatch, images: int, fail: Callable[[], None
     """Let a step of CURE fail, after its work, unless it takes at most `images` at a time."""
     forward = CURE.forward
 
-    def limited(cure: CURE, x: Tensor, y: Tensor) -> CUREOutput:
-        out = forward(cure, x, y)
+    def limited(cure: CURE, x: Tensor, y: Tensor, index: Tensor) -> CUREOutput:
+        out = forward(cure, x, y, index)
         torch.rand(1)
         if min(cure.microbatch or len(x), len(x)) > images:
             fail()

@@ -243,7 +243,7 @@ def test_a_foreign_checkpoint_is_refused(
         if kind == "no optimiser":
             parts["optimizer"] = {key: value for key, value in parts["optimizer"].items() if not key.startswith("3.")}
         else:
-            parts["model"]["fc.weight"] = torch.zeros(7, 7)
+            parts["objective"]["model.fc.weight"] = torch.zeros(7, 7)
         path.write_bytes(pack(state, parts))
         message = "does not fit this run"
     refused(half, npz, capsys, message)
