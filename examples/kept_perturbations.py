@@ -4,13 +4,15 @@ Zheng, Zhang, Gu, Lee, Prakash, "Efficient adversarial training with transferabl
 step of an attack an epoch, from where that of the last epoch ended, through the augmentation and back.
 """
 
+from tempfile import TemporaryDirectory
+from typing import Any
+
 import torch
-from small_digits import EPS, datasets, report, trained_network
 from torch import Tensor, nn
 
-import fastcure
-from fastcure.data import Augment, Loader
-from fastcure.objectives import Objective, ObjectiveOutput
+from fastcure.objectives import OBJECTIVES, Objective, ObjectiveOutput
+from fastcure.training.finetune import finetune
+from fastcure.training.settings import make_settings
 
 
 class ATTA(Objective):
@@ -39,35 +41,21 @@ class ATTA(Objective):
         """Evaluate the loss at the attacked images, and keep their perturbations."""
         last = self.last[index]
         with self.passes():
-            near = (x + self.transform(last).to(x.dtype)).clamp(0, 1).requires_grad_()
+            near = (x + self.transform(last)).clamp(0, 1).requires_grad_()
             (g,) = torch.autograd.grad(self.loss_fn(self.model(near), y).sum(), near)
             d = (near.detach() + self.eps * g.sign() - x).clamp(-self.eps, self.eps)
             logits = self.model((x + d).clamp(0, 1))
-            loss = self.loss_fn(logits, y).mean()
-        self.last[index] = self.transform.inverse(d.to(last.dtype), onto=last)
+        loss = self.loss_fn(logits, y).mean()
+        self.last[index] = self.transform.inverse(d, onto=last)
         return ObjectiveOutput(loss, loss, torch.zeros_like(loss), logits.detach())
 
 
-def main(images: int | None = None, epochs: int = 4) -> nn.Module:
-    """Fine-tune a trained network; `fastcure finetune` would do this for whatever is in `OBJECTIVES`."""
-    train, test = datasets(images)
-    model = trained_network(train)
-    report("standard training", model, test)
-
-    x, y = fastcure.data.load("digits")[:2]
-    loader = Loader(x[:images], y[:images], batch_size=32, augment=Augment(pad=1))
-    objective = ATTA(model, EPS)
-    objective.allocate(len(loader.y), x.shape[1:])
-    optimizer = torch.optim.Adam(objective.parameters(), lr=2e-3)
-    for _ in range(epochs):
-        model.train()
-        for batch in loader.batches():
-            optimizer.zero_grad()
-            objective.transform = batch.transform
-            objective(batch.x, batch.y, batch.index).total.backward()
-            optimizer.step()
-    report("after ATTA", model, test)
-    return model
+def main(images: int | None = None, epochs: int = 10, pretrain_epochs: int = 5) -> dict[str, Any]:
+    """Train a network on digits, then with ATTA, and print and return its accuracies."""
+    OBJECTIVES["atta"] = ATTA
+    with TemporaryDirectory() as out:
+        chosen = {"objective": "atta", "epochs": epochs, "pretrain_epochs": pretrain_epochs, "limit": images}
+        return finetune(make_settings({**chosen, "out": out}))
 
 
 if __name__ == "__main__":

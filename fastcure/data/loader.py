@@ -21,8 +21,8 @@ class Batch(NamedTuple):
     """float32 (B, C, H, W) in [0, 1], augmented."""
     y: Tensor
     """int64 (B,)."""
-    index: Tensor
-    """int64 (B,), the places of the images among those that the loader was given."""
+    places: Tensor
+    """int64 (B,), of the images among those that the loader was given."""
     transform: Transform
     """How they were augmented."""
 

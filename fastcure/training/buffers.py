@@ -53,7 +53,7 @@ class Buffers:
             buffer.copy_(torch.where(finite, buffer, value))
         if before[1]:
             pairs = zip(self.per_sample, before[1], strict=True)
-            found = [torch.where(finite, rows[batch.index], values) for rows, values in pairs]
-            index, *every = ranks.gather([batch.index, *found], batch.whole)
+            found = [torch.where(finite, rows[batch.places], values) for rows, values in pairs]
+            places, *every = ranks.gather([batch.places, *found], batch.whole)
             for rows, values in zip(self.per_sample, every, strict=True):
-                rows[index] = values
+                rows[places] = values

@@ -63,14 +63,14 @@ def train_steps(
             group["lr"] = schedules["lr"].at(now)
         objective.transform = batch.transform
         ranks.broadcast(buffers.shared)
-        before = buffers.copy(batch.index)
+        before = buffers.copy(batch.places)
         random = _random_state(ranks.device, objective.generator)
         while True:
             optimizer.zero_grad()
             sums = _backward(objective, batch, autocast, scaler)
             if not ranks.all_reduce_max(sums is None):
                 break
-            buffers.put_back(batch.index, before)
+            buffers.put_back(batch.places, before)
             _set_random_state(ranks.device, objective.generator, random)
             _halve(objective, -(-batch.whole // ranks.size))
         assert sums is not None
@@ -112,10 +112,10 @@ def _backward(
         float64 (4,): over the images of this process the sums of loss, penalty, correct answers and 1; None if memory
         ran out.
     """
-    x, y, index, _, count, whole = batch  # all must have gradients, be it of one image of weight zero
+    x, y, places, _, count, whole = batch  # all must have gradients, be it of one image of weight zero
     try:
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-            total, loss, penalty, logits = objective(x, y, index)
+            total, loss, penalty, logits = objective(x, y, places)
         total = total * (count / whole)
         (total if scaler is None else scaler.scale(total)).backward()
         correct = (logits.argmax(1) == y).float().mean()

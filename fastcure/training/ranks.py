@@ -28,8 +28,8 @@ class Share(NamedTuple):
 
     x: Tensor
     y: Tensor
-    index: Tensor
-    """int64 `(B,)`, the places of its images among those that are trained on."""
+    places: Tensor
+    """int64 `(B,)`, of its images among those that are trained on."""
     transform: Transform
     """How they were augmented."""
     counting: int
@@ -59,8 +59,8 @@ class Ranks(NamedTuple):
         The batch is all that is trained on, as it is.
         """
         mine = slice(self.rank, None, self.size) if len(x) > self.rank else slice(1)
-        index = torch.arange(len(x), device=x.device)[mine]
-        return self.counted(Batch(x[mine], y[mine], index, Transform()), len(x))
+        places = torch.arange(len(x), device=x.device)[mine]
+        return self.counted(Batch(x[mine], y[mine], places, Transform()), len(x))
 
     def counted(self, batch: Batch, whole: int) -> Share:
         """Return images of this process as its share of a batch of `whole` images."""
