@@ -1,7 +1,7 @@
 """An objective that keeps something of each image, here its perturbation: `python examples/kept_perturbations.py`.
 
-Zheng, Zhang, Gu, Lee, Prakash, "Efficient adversarial training with transferable adversarial examples", CVPR 2020: one
-step of an attack an epoch, from where that of the last epoch ended, through the augmentation and back.
+Zheng, Zhang, Gu, Lee, Prakash, "Efficient adversarial training with transferable adversarial examples", CVPR 2020: each
+epoch takes one step of an attack, from where the last epoch's ended.
 """
 
 from tempfile import TemporaryDirectory
@@ -50,12 +50,11 @@ class ATTA(Objective):
         return ObjectiveOutput(loss, loss, torch.zeros_like(loss), logits.detach())
 
 
-def main(images: int | None = None, epochs: int = 10, pretrain_epochs: int = 5) -> dict[str, Any]:
-    """Train a network on digits, then with ATTA, and print and return its accuracies."""
+def main(images: int | None = None, epochs: int = 10) -> dict[str, Any]:
+    """Train a network on digits, then with ATTA; print and return its accuracies."""
     OBJECTIVES["atta"] = ATTA
     with TemporaryDirectory() as out:
-        chosen = {"objective": "atta", "epochs": epochs, "pretrain_epochs": pretrain_epochs, "limit": images}
-        return finetune(make_settings({**chosen, "out": out}))
+        return finetune(make_settings({"objective": "atta", "epochs": epochs, "limit": images, "out": out}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ALONE = {
     "plain_loop": {"images": 64, "epochs": 1},
     "schedules": {"images": 64, "epochs": 2},
     "own_objective": {"images": 64, "epochs": 1},
-    "kept_perturbations": {"images": 64, "epochs": 1, "pretrain_epochs": 1},
+    "kept_perturbations": {"images": 64, "epochs": 1},
     "evaluate_network": {"images": 32},
     "gan_r1": {"images": 64, "epochs": 1},
     "timm_transforms": {"images": 64, "epochs": 1},
