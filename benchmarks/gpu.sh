@@ -31,7 +31,7 @@ kernels() { BENCH_SECONDS=1 bench benchmarks/bench_kernels.py; }
 double_backward() { bench benchmarks/bench_double_backward.py; }
 vit() { BENCH_ENGINES="eager auto" bench benchmarks/bench_step.py -k "vit and 128"; }
 large() { BENCH_ENGINES="eager auto" bench benchmarks/bench_step.py -k "resnet18 and 512"; }
-resnet50() { BENCH_ENGINES="eager auto" bench benchmarks/bench_step.py -k "resnet50"; }
+resnet50() { bench benchmarks/bench_large_images.py; }
 attacks() { bench benchmarks/bench_attacks.py -k "128 or 512"; }
 measures() { bench benchmarks/bench_measures.py -k "128"; }
 finetune() { "$PYTHON" -m fastcure finetune --preset digits --device cuda --out "$(mktemp -d)/run"; }

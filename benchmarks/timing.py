@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -54,11 +57,26 @@ def busy_ms(work: Work) -> float:
 
 
 def peak_mib(work: Work) -> int:
-    """Peak memory of one call beyond what was allocated before, in MiB; 0 where the device does not count it."""
-    if DEVICE.type != "cuda":
+    """Peak memory of one call beyond what was held before, in MiB: of the allocator on CUDA, of the process on a CPU.
+
+    0 where the device or the system does not count it; Linux does.
+    """
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) // 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, and not yet given back, would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest
+    except (OSError, AttributeError):
         return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = _resident("VmRSS")
     work()
-    return (torch.cuda.max_memory_allocated() - before) // 2**20
+    return (_resident("VmHWM") - before) // 2**10
+
+
+def _resident(name: str) -> int:
+    """Return a line of the kernel's about this process, in KiB."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]

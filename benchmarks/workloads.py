@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Iterator
@@ -51,13 +52,13 @@ class Workload(NamedTuple):
 
 
 def network(name: str) -> nn.Module:
-    """The network called `name`: one of the package's, "vit", or "resnet50", which is torchvision's."""
+    """The network called `name`: one of the package's, "vit", or "resnet50" of timm or torchvision."""
     if name == "vit":
         return ViT()
     if name == "resnet50":
-        from torchvision.models import resnet50
-
-        return resnet50(num_classes=10)
+        library = "timm" if find_spec("timm") else "torchvision"
+        make = importlib.import_module(f"{library}.models.resnet").resnet50
+        return make(num_classes=10)  # type: ignore[no-any-return]
     return models.build(name)
 
 
@@ -83,8 +84,6 @@ CUDA = [
     for batch in batches
     for amp in (torch.float32, torch.bfloat16)
 ]
-if find_spec("torchvision"):
-    CUDA += [Workload("resnet50", 32, amp, size=224) for amp in (torch.float32, torch.bfloat16)]
 WORKLOADS = CPU if DEVICE.type == "cpu" else CUDA
 
 
