@@ -107,10 +107,18 @@ def schedule(objective: Objective, x: Tensor, y: Tensor) -> tuple[list[nn.Parame
     ], f"the first gradient is ready after {first:.0%} of the arithmetic, half after {middle:.0%}"
 
 
-def measure(rank: int, store: str, workload: Workload, penalised: bool, result: Path) -> None:
-    """Write the median seconds of each contender, and when the gradients arrive."""
+def both(rank: int, store: str, workload: Workload, penalised: bool, result: Path) -> None:
+    """What each of the processes does; the first writes what was measured."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = measure(rank, workload, penalised)
+    if rank == 0:
+        torch.save(found, result)
+    dist.destroy_process_group()
+
+
+def measure(rank: int, workload: Workload, penalised: bool) -> tuple[dict[str, float], dict[str, float], str, int]:
+    """Return each contender's median seconds and ratio to no reduction; when gradients arrive; their bytes."""
     ranks = Ranks(torch.device("cpu"), rank, 2)
     model, x, y = workload.build()
     other = copy.deepcopy(model)  # the hooks of DistributedDataParallel stay
@@ -148,12 +156,9 @@ def measure(rank: int, store: str, workload: Workload, penalised: bool, result: 
 
     rounds = rounds_for(sum(slower(work) for work in contenders.values()), 60.0)
     times = [{title: slower(work) for title, work in contenders.items()} for _ in range(rounds)]
-    if rank == 0:
-        medians = {title: statistics.median(each[title] for each in times) for title in contenders}
-        extra = {title: statistics.median(each[title] / each[NONE] for each in times) for title in contenders}
-        torch.save((medians, extra, arrive, expected.nbytes), result)
-    del ddp  # before the process group: torch can hang otherwise
-    dist.destroy_process_group()
+    medians = {title: statistics.median(each[title] for each in times) for title in contenders}
+    ratios = {title: statistics.median(each[title] / each[NONE] for each in times) for title in contenders}
+    return medians, ratios, arrive, expected.nbytes
 
 
 @pytest.mark.parametrize("penalised", [False, True], ids=["standard", "cure"])
@@ -161,7 +166,7 @@ def measure(rank: int, store: str, workload: Workload, penalised: bool, result: 
 def test_reduction(tmp_path: Path, workload: Workload, penalised: bool) -> None:
     arguments = (str(tmp_path / "store"), workload, penalised, tmp_path / "result.pt")
     with patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
-        torch.multiprocessing.spawn(measure, arguments, nprocs=2)
+        torch.multiprocessing.spawn(both, arguments, nprocs=2)
     medians, ratios, arrive, size = torch.load(tmp_path / "result.pt")
     step = "cure" if penalised else "standard"
     print(f"\n{step}, {workload}, two processes on a CPU, {size / 1e6:.1f} MB of gradients {arrive and '; ' + arrive}")

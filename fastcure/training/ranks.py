@@ -207,6 +207,7 @@ def join(device: torch.device) -> Iterator[Ranks]:
 
     Raises:
         ConnectionError: if another process ended in the meantime. That one reports the cause.
+        TimeoutError: if another did not answer within `DEADLINE`.
     """
     if not _torchrun():
         yield Ranks(device)
@@ -222,6 +223,10 @@ def join(device: torch.device) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not _connection_lost(error):
             raise
+        if "Timed out" in str(error):
+            raise TimeoutError(
+                f"process {ranks.rank} waited {DEADLINE} (hours:minutes:seconds) for another, which hangs or is slow"
+            ) from error
         raise ConnectionError(
             f"process {ranks.rank} lost the connection to the others: one of them ended, and says why"
         ) from error

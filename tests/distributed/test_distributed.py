@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from left_alone import left_alone
 from safetensors.torch import load_file, save_file
 from small_runs import check_equal, finetune, write_npz
 from two_processes import MEASURES, distress, free_port, in_two_processes, measures, own_loop, runs
@@ -110,3 +111,11 @@ def test_a_process_that_fails_in_an_evaluation_stops_all_after_the_batch_they_ar
 
 def test_a_step_reduces_its_gradients_once_as_one_vector_beside_four_sums(found: dict[str, Any]) -> None:
     assert found["reduced"] == [4 * found["parameters"], 4 * 8]
+
+
+def test_a_process_that_dies_ends_the_others_at_once_and_one_that_hangs_at_the_deadline(tmp_path: Path) -> None:
+    hung, died = in_two_processes(left_alone, tmp_path, [free_port() for _ in range(2)])
+    assert hung == (
+        "TimeoutError: process 0 waited 0:00:02 (hours:minutes:seconds) for another, which hangs or is slow"
+    )
+    assert died == "ConnectionError: process 0 lost the connection to the others: one of them ended, and says why"
