@@ -40,6 +40,7 @@ def draw_profiles(rows: list[Row], file: IO[bytes]) -> None:
         steps = {row["h"] for row in rows if row["method"] == method and row["h"] is not None}
         title = f"finite step of L2 length {', '.join(f'{h:.3g}' for h in steps)}" if steps else "exact"
         axes.set(xlabel="rank of the eigenvalue", title=title)
+        axes.xaxis.set_major_locator(_ticker().MaxNLocator(7, integer=True))
         axes.set_yscale("symlog", linthresh=largest * 1e-3)
         axes.set_yticks(symmetric_ticks(largest))
         axes.yaxis.set_minor_locator(_ticker().NullLocator())
