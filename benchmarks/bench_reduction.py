@@ -6,7 +6,6 @@ process. A way to reduce whose gradients are not the sum of those of both proces
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import statistics
@@ -121,7 +120,7 @@ def measure(rank: int, workload: Workload, penalised: bool) -> tuple[dict[str, f
     """Return each contender's median seconds and ratio to no reduction; when gradients arrive; their bytes."""
     ranks = Ranks(torch.device("cpu"), rank, 2)
     model, x, y = workload.build()
-    other = copy.deepcopy(model)  # the hooks of DistributedDataParallel stay
+    other, *_ = workload.build()  # the same weights: the hooks of DistributedDataParallel stay
     objective, wrapped = (CURE(m, H, GAMMA) if penalised else Standard(m, batch_stats="frozen") for m in (model, other))
     ddp = DistributedDataParallel(wrapped)
     half = x[rank::2], y[rank::2]
