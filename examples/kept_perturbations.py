@@ -53,8 +53,9 @@ class ATTA(Objective):
 def main(images: int | None = None, epochs: int = 10) -> dict[str, Any]:
     """Train a network on digits, then with ATTA; print and return its accuracies."""
     OBJECTIVES["atta"] = ATTA
+    settings = {"objective": "atta", "pretrain_epochs": epochs, "epochs": epochs, "eps": (0.1,), "limit": images}
     with TemporaryDirectory() as out:
-        return finetune(make_settings({"objective": "atta", "epochs": epochs, "limit": images, "out": out}))
+        return finetune(make_settings({**settings, "out": out}))
 
 
 if __name__ == "__main__":

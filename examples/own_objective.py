@@ -17,8 +17,7 @@ class GradAlign(Objective):
     """`l(x, y) + gamma (1 - cos(g(x), g(x + u)))`, g = dl/dx and u uniform in [-eps, eps]."""
 
     title = "GradAlign"
-    settings = ("gamma", "eps", "loss_fn", "batch_stats")
-    scheduled = ("gamma", "eps")
+    settings = scheduled = ("gamma", "eps")
 
     def __init__(self, model: nn.Module, eps: float, gamma: float = 1.0) -> None:
         """Take the network, the radius and the weight of the penalty."""
