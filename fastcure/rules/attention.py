@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastcure._torch_compat import math_attention
@@ -19,6 +20,8 @@ def scaled_dot_product_attention(
     **options: Any,
 ) -> Tensor:
     """`softmax(query key^T / sqrt(E)) value`; `(..., L, E)`, `(..., S, E)`, `(..., S, E_v)` -> `(..., L, E_v)`."""
+    if mask is not None and mask.dtype == torch.bool:  # which this operator would add as it is
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     return math_attention(query, key, value, mask, dropout, causal, **options)[0]
 
 
