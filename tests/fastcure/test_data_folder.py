@@ -151,6 +151,7 @@ def test_images_that_do_not_fit_into_memory_stay_in_files(tmp_path: Path, monkey
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than the machine has cores
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_epochs_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     """The same images, cropped and mirrored alike, from a later batch on as well; no number of torch's own is drawn."""
