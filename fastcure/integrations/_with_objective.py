@@ -14,6 +14,7 @@ class WithObjective:
 
     Raises:
         NotImplementedError: if a subclass does not define `make_objective`.
+        TypeError: if the objective keeps something of each sample, whose places these frameworks do not tell.
     """
 
     schedules: ClassVar[Mapping[str, str]] = {}
@@ -35,6 +36,11 @@ class WithObjective:
                 found = self.make_objective()
             except AttributeError as error:  # a module would report that it has no `objective`
                 raise RuntimeError(f"make_objective of {type(self).__name__} failed: {error}") from error
+            if found.per_sample:
+                raise TypeError(
+                    f"make_objective must return one that keeps nothing of each sample, got {type(found).__name__} "
+                    f"with {', '.join(found.per_sample)}: train it by `fastcure finetune` or in a loop of your own"
+                )
             vars(self)["_objective"] = found  # past `nn.Module.__setattr__`, which would make it a submodule
         return found
 

@@ -178,3 +178,15 @@ def test_what_a_subclass_leaves_out_is_named(case: Case) -> None:
         Misspelt(case.model).training_step(batch)
     with pytest.raises(ValueError, match="schedules of CURE may name gamma, h, got 'gama'"):
         Unknown(case.model).training_step(batch)
+
+
+def test_an_objective_that_keeps_something_of_each_sample_is_refused(case: Case) -> None:
+    class Keeping(fastcure.CURE):
+        per_sample = ("last",)
+
+    class Mixed(LightningMixin, Module):
+        def make_objective(self) -> Objective:
+            return Keeping(case.model, h=1.0)
+
+    with pytest.raises(TypeError, match="keeps nothing of each sample, got Keeping with last: train it by"):
+        Mixed(case.model).training_step((case.x, case.y))
