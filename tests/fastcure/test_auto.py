@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from networks import relative, rounding
 from replayed import MODES, batch, closed_over, gradients, network, replays, same, train, warmed
-from rerun import Rerun
 from torch import nn
 
 from fastcure import CURE, curvature, prepare
-from fastcure._cuda_graphs import CudaRecorder
 from fastcure._trials import EAGER_RUNS
 from fastcure.engines import ENGINES
-from fastcure.engines.auto import Auto
-from fastcure.engines.cuda_graph import CudaGraph
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    recorder = Rerun if request.param == "cpu" else CudaRecorder
-    monkeypatch.setitem(ENGINES, "auto", Auto(recorder, request.param))
-    monkeypatch.setitem(ENGINES, "cuda_graph", CudaGraph(recorder, request.param))
-    return torch.device(request.param)
 
 
 @pytest.mark.parametrize("engine", ["auto", "cuda_graph"])

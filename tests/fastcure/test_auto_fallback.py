@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,20 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcure import CURE, _trials
-from fastcure._cuda_graphs import CudaRecorder
 from fastcure.engines import ENGINES
 from fastcure.engines.auto import Auto
-from fastcure.engines.cuda_graph import CudaGraph
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    recorder = Rerun if request.param == "cpu" else CudaRecorder
-    monkeypatch.setitem(ENGINES, "auto", Auto(recorder, request.param))
-    monkeypatch.setitem(ENGINES, "cuda_graph", CudaGraph(recorder, request.param))
-    return torch.device(request.param)
 
 
 def waits(model: Any, x: Tensor) -> Tensor:
