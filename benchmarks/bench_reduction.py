@@ -11,6 +11,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from workloads import Workload, rounds_for
 
 from fastcure import CURE, _functional
+from fastcure._writing import write_whole
 from fastcure.objectives import Objective, Standard
 from fastcure.profiling.flops import FlopCounter
 from fastcure.training.ranks import Ranks
@@ -112,7 +114,9 @@ def both(rank: int, store: str, workload: Workload, penalised: bool, result: Pat
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found = measure(rank, workload, penalised)
     if rank == 0:
-        torch.save(found, result)
+        content = BytesIO()
+        torch.save(found, content)
+        write_whole(result, content.getvalue())
     dist.destroy_process_group()
 
 

@@ -205,7 +205,7 @@ def test_a_run_state_of_wrong_types(tmp_path: Path, changes: dict[str, Any], mes
         ("tally", "numbers", torch.zeros(3)),
         ("optimizer", "x.y", torch.zeros(1)),
         ("optimizer", "99.exp_avg", torch.zeros(1)),
-        ("model", "more", torch.zeros(1)),
+        ("objective", "more", torch.zeros(1)),
         ("progress", "epoch", 100),
         ("progress", "step", 4),
     ],
