@@ -99,8 +99,11 @@ def test_a_batch_gives_what_its_samples_give_alone(name: str) -> None:
     case = make(NETWORKS[name], 64, seed=3)
     together = curvature(*case)
     alone = [curvature(case.model, case.x[i : i + 1], case.y[i : i + 1]) for i in range(64)]
-    assert relative(together.penalty, torch.cat([out.penalty for out in alone])) < 1e-12
-    assert relative(together.loss, torch.cat([out.loss for out in alone])) < 1e-12
+    length, condition = case.x[0].numel(), cancellation(case, together.penalty)
+    assert relative(together.penalty, torch.cat([out.penalty for out in alone])) < rounding(
+        torch.float64, length, 10 * condition
+    )
+    assert relative(together.loss, torch.cat([out.loss for out in alone])) < rounding(torch.float64, length, 10)
 
 
 def test_split_takes_the_loss_from_one_ordinary_forward() -> None:
@@ -120,8 +123,10 @@ def test_split_takes_the_loss_from_one_ordinary_forward() -> None:
 def test_all_agree_in_evaluation_mode(batch_stats: str) -> None:
     case = make(NETWORKS["batch_norm-relu-max"], 6, seed=2)
     case.model.eval()
-    for other, frozen in zip(gradients(case, batch_stats=batch_stats), gradients(case), strict=True):
-        assert relative(other, frozen) < 1e-12
+    ours, frozen = gradients(case, batch_stats=batch_stats), gradients(case)
+    limit = rounding(torch.float64, case.x.numel(), cancellation(case, frozen[1]))
+    for value, wanted in zip(ours, frozen, strict=True):
+        assert relative(value, wanted) < limit
 
 
 def test_each_sample_may_have_a_step_length_of_its_own() -> None:
