@@ -1,9 +1,8 @@
 """Attention that is differentiated twice: torch's fused kernels have no second derivative.
 
-Short sequences take torch's own plain operators, which keep the N x M probabilities and what is made of them. From
-`LONG` queries and keys on nothing of that size is kept: each pass computes the probabilities again, those of `ROWS`
-queries at a time. With P = softmax(c Q K'), O = P V, ^ what is left of a row when its mean under P is taken out, and dO
-the gradient at O, the first backward is
+Short sequences use torch's plain operators, which store the N x M probabilities and tensors derived from them. From
+`LONG` queries and keys on, no tensor of that size is stored: each pass recomputes the probabilities, `ROWS` queries at a
+time. With P = softmax(c Q K'), O = P V, t^ = t - rowsum(P t), and dO the gradient at O, the first backward is
 
     W = P (dO V')^                            dQ = c W K,   dK = c W' Q,   dV = P' dO
 
@@ -29,9 +28,9 @@ from fastcure._torch_compat import math_attention
 from fastcure.rules.passes import refuse_batched, save, saved
 
 LONG = 256
-"""Queries and keys from which on the rule is taken."""
+"""The rule applies from this many queries and keys on."""
 ROWS = 64
-"""Queries whose probabilities are there at a time."""
+"""How many queries are processed at a time."""
 
 
 def scaled_dot_product_attention(
@@ -162,7 +161,7 @@ def _double_backward(
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, and their probabilities `(B, rows, S)`; of a query that sees no key, zeros."""
+    """Yield slices of queries with their probabilities `(B, rows, S)`; zeros for a query that is masked wholly."""
     q, keys = _wide(q) * scale, _wide(k).mT
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[1]))
@@ -179,7 +178,7 @@ def _probabilities(
 
 
 def _centred(t: Tensor, p: Tensor) -> Tensor:
-    """Take the mean under `p` out of each row of `t`, in its place."""
+    """Subtract from each row of `t` its mean under `p`, in place."""
     return t.sub_((t * p).sum(-1, keepdim=True))
 
 
