@@ -1,8 +1,8 @@
 """Attention that is differentiated twice: torch's fused kernels have no second derivative.
 
 Short sequences use torch's plain operators, which store the N x M probabilities and tensors derived from them. From
-`LONG` queries and keys on, no tensor of that size is stored: each pass recomputes the probabilities, `ROWS` queries at a
-time. With P = softmax(c Q K'), O = P V, t^ = t - rowsum(P t), and dO the gradient at O, the first backward is
+`LONG` queries and keys on, no tensor of that size is stored: each pass recomputes the probabilities, for `ROWS` queries
+at a time. With P = softmax(c Q K'), O = P V, t^ = t - rowsum(P t), and dO the gradient at O, the first backward is
 
     W = P (dO V')^                            dQ = c W K,   dK = c W' Q,   dV = P' dO
 
