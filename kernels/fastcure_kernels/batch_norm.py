@@ -221,7 +221,7 @@ def double_backward(norm: Norm, v: Tensor, w: Tensor, v_residual: Tensor | None 
     if not runs_as_kernels(norm.x):
         u, found = _native(norm, v)
         masked = w if norm.gate == GATE_OUTPUT else _masked(norm, w)
-        products = (v * masked).sum(_rows(v), dtype=found.dtype)
+        products = _sums(v, masked, torch.zeros_like(norm.stats[0]), torch.ones_like(norm.stats[0]))[1]
         return _masked(norm, u if v_residual is None else u + v_residual), torch.cat([found, products[None]])
     layout = Layout.of(norm.x)
     v, w = layout.lay(v), layout.lay(w)
@@ -259,26 +259,21 @@ def last_backward(
     n = x.numel() / x.shape[1]
     (v_1, v_x, v_w), (w_1, w_x) = v_sums / n, w_sums / n
     v_w = v_w - v_1 * w_1
-    by_x, by_v, by_w = scale * r * r * (3 * v_x * w_x - v_w), -scale * r * w_x, -scale * r * v_x
-    constant = scale * r * (w_x * v_1 + v_x * w_1) - by_x * m
-    constant, by_x, by_v, by_w = (t.view(-1, *[1] * (x.dim() - 2)) for t in (constant, by_x, by_v, by_w))
-    g_x = torch.addcmul(constant, x, by_x)
-    g_x = g_x.addcmul_(v, by_v).addcmul_(_masked(norm, w) if gate_in else w, by_w)
-    to_weight = torch.stack([torch.zeros_like(r), r * n * (v_w - v_x * w_x)])
-    if g is None:
-        return g_x.to(x.dtype), to_weight, None
-    w2 = _masked(norm, g)
-    direct, found = _native(norm, w2)
-    return g_x.add_(direct).to(x.dtype), found + to_weight, g if gate_in else w2
+    w2 = None if g is None else _masked(norm, g)
+    found = torch.zeros_like(w_sums) if w2 is None else _sums(w2, x, m, r)
+    by_x = scale * r * (r * (3 * v_x * w_x - v_w) - found[1] / n)
+    constant = scale * (r * (w_x * v_1 + v_x * w_1) - found[0] / n) - by_x * m
+    by_channel = constant, by_x, -scale * r * w_x, -scale * r * v_x, scale
+    constant, by_x, by_v, by_w, by_w2 = (t.view(-1, *[1] * (x.dim() - 2)) for t in by_channel)
+    g_x = torch.addcmul(constant, x, by_x).addcmul_(v, by_v).addcmul_(_masked(norm, w) if gate_in else w, by_w)
+    g_x = g_x if w2 is None else g_x.addcmul_(w2, by_w2)
+    found[1] += r * n * (v_w - v_x * w_x)
+    return g_x.to(x.dtype), found, g if gate_in else w2
 
 
 def runs_as_kernels(x: Tensor) -> bool:
     """Whether kernels run on `x` (B, C, ...): they count the values of a channel in 32 bits."""
     return use_triton(x) and x.numel() // x.shape[1] < 2**30
-
-
-def _rows(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
 
 
 def _masked(norm: Norm, t: Tensor) -> Tensor:
@@ -296,10 +291,23 @@ def _standard(x: Tensor, stats: Tensor) -> Tensor:
 
 def _native(norm: Norm, w: Tensor) -> tuple[Tensor, Tensor]:
     """Run torch's backward: the map from w to q, with the sums of w and w x_hat."""
-    x, m, r = norm.x, norm.stats[0], norm.stats[1]
-    weight = torch.ones_like(m) if norm.weight is None else norm.weight  # without one torch has no sums on a GPU
+    m, r = norm.stats[0], norm.stats[1]
+    q, sum_x, total = _torch_backward(w, norm.x, norm.weight, m, r, True)
+    return q, torch.stack([total, sum_x])
+
+
+def _sums(w: Tensor, x: Tensor, m: Tensor, r: Tensor) -> Tensor:
+    """Sum w and w r (x - m) over a channel, each tensor read once."""
+    _, sum_x, total = _torch_backward(w, x, None, m, r, False)
+    return torch.stack([total, sum_x])
+
+
+def _torch_backward(
+    w: Tensor, x: Tensor, weight: Tensor | None, m: Tensor, r: Tensor, with_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.ones_like(m) if weight is None else weight  # without one torch has no sums on a GPU
     if len(x) == 1:  # in channels_last the stride of the batch is arbitrary, and torch 2.13 then reads other values
         w, x = w.contiguous(), x.contiguous()
     backward = torch.ops.aten.native_batch_norm_backward
-    q, sum_x, total = backward(w, x, weight, None, None, m, r, True, 0.0, [True, True, True])
-    return q, torch.stack([total, sum_x])
+    q, sum_x, total = backward(w, x, weight, None, None, m, r, True, 0.0, [with_q, True, True])
+    return q, sum_x, total
