@@ -48,8 +48,9 @@ package: $(VENV)/installed
 # The notebook's outputs and picture, and the page made from it.
 tutorial: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nbconvert nbclient ipykernel
-	cd docs && OMP_NUM_THREADS=1 ../$(BIN)/python -m nbconvert --execute --to notebook --inplace \
-		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True tutorial.ipynb
+	cd docs && OMP_NUM_THREADS=1 ../$(BIN)/python -c "import nbclient, nbformat; book = nbformat.read('tutorial.ipynb', 4); \
+		nbclient.NotebookClient(book, coalesce_streams=True, record_timing=False).execute(); \
+		nbformat.write(book, 'tutorial.ipynb')"
 	cd docs && ../$(BIN)/python -m nbconvert --to markdown tutorial.ipynb
 
 # The robust network that comes with the library, trained anew and packed with its figures.

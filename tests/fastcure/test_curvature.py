@@ -40,7 +40,7 @@ def test_equals_the_reference_in_fp64(name: str, power: int, batch_stats: str, b
 @pytest.mark.parametrize("fixed_direction", [False, True])
 def test_fp32_stays_near_the_fp64_reference(name: str, fixed_direction: bool) -> None:
     errors = []
-    for seed in range(8):
+    for seed in range(5):
         wide = make(NETWORKS[name], 6, seed)
         z = F.normalize(torch.randn(6, wide.x[0].numel(), dtype=torch.float64)).view_as(wide.x)
         ours = gradients(wide.copy(torch.float32), h=0.7, direction=z.float() if fixed_direction else None)
@@ -49,7 +49,7 @@ def test_fp32_stays_near_the_fp64_reference(name: str, fixed_direction: bool) ->
         # The longest sums are those of a weight's gradient, over the pixels of the batch.
         errors.append(error / rounding(torch.float32, wide.x.numel(), cancellation(wide, truth[1])))
     # A kink, and where the direction is not given a sign, may fall on the other side.
-    assert sorted(errors)[-1 if NETWORKS[name].smooth else -3] < 1
+    assert sorted(errors)[-1 if NETWORKS[name].smooth else -2] < 1
 
 
 def test_the_definitions_on_a_linear_network_by_hand() -> None:
