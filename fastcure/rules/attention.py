@@ -107,7 +107,7 @@ class _InputGradient(torch.autograd.Function):
         causal, scale = ctx.options
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: they may depend on one another, and that is not asked for here.
-            inputs = [t.view_as(t) for t in (g, q, k, v)]
+            inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, q, k, v)]
             whole = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
             out = math_attention(*inputs[1:], whole, 0.0, causal, scale=scale)[0]
             first = torch.autograd.grad(out, inputs[1:], inputs[0], create_graph=True)

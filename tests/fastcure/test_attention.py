@@ -79,6 +79,22 @@ def test_derivatives(name: str, order: int) -> None:
 
 
 @pytest.mark.usefixtures("_long")
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "key and value"])
+def test_third_derivatives_where_some_operands_are_constant(wanted: str) -> None:
+    names = ("query", "key", "value")
+    tensors = [t.detach().requires_grad_(name in wanted) for t, name in zip(operands((2,)), names, strict=True)]
+
+    def attended(attention: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t for t in tensors if t.requires_grad]
+        return derivatives(lambda *_: attention(*tensors), leaves, 3)
+
+    with double_backward():
+        ours = attended(F.scaled_dot_product_attention)
+    for found, truth in zip(ours, attended(defined), strict=True):
+        assert relative(found, truth) < 1e-11
+
+
+@pytest.mark.usefixtures("_long")
 def test_second_derivatives_by_finite_differences() -> None:
     torch.manual_seed(0)
     into, out = nn.Linear(4, 12).double(), nn.Linear(4, 3).double()
