@@ -71,7 +71,7 @@ def load(
             training images.
         test_fraction: of a folder without test images, the share of each class that becomes them; 0.1 by default, and
             all of it with ``train=False``.
-        classes: of a folder: names of the classes in their order, where it need not have all of them.
+        classes: of a folder or ``hf:``: names of the classes in their order, where it need not have all of them.
         channels: of a folder or ``hf:``: 1 or 3; by default 1 where all images are grey.
         workers: threads that decode images; one a CPU, and 8 at most, by default.
 

@@ -1,5 +1,6 @@
 """Image classification sets of the Hugging Face hub, or of a local folder in one of its layouts."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def read(address: str, how: Reading) -> Dataset:
 
     The images are the column of type Image; the labels the ClassLabel column, or an integer column called
     label or labels. Images come out grey if all are, else as RGB, and must have one size if ``how`` gives them none.
-    Where nothing trains, a test split will do.
+    Where nothing trains, a test split will do. Labels with names are numbered as those of ``how`` are.
     """
     extra("PIL", "to read hf: datasets")  # which the library needs for images without saying so
     library = extra("datasets", "to read hf: datasets")
@@ -35,8 +36,11 @@ def read(address: str, how: Reading) -> Dataset:
         image, label, classes = _columns(used[0].features, library)
         images, labels = [], []
         for split in used:
-            images.append(_images(split.select_columns(image), image, library, how.image_size))
+            images.append(_images(split.select_columns(image), image, library, how))
             labels.append(np.array(split[label][:]))
+        if how.classes and classes:
+            labels = [_renumbered(y, classes, how.classes) for y in labels]
+            classes = list(how.classes)
         channels = how.channels or max(x.shape[0] for split in images for x in split)
         parts = [(_stack(split, channels), y) for split, y in zip(images, labels, strict=True)]
     train, test_part = (parts[0], parts[1]) if trains else (None, parts[0])
@@ -61,8 +65,20 @@ def _columns(features: Any, library: Any) -> tuple[str, str, list[str] | None]:
     return images[0], labels[0], getattr(features[labels[0]], "names", None)
 
 
-def _images(split: Any, column: str, library: Any, image_size: int | None) -> list[NDArray[np.uint8]]:
-    """Arrays (1, H, W) or (3, H, W), all of one size."""
+def _renumbered(y: NDArray[Any], names: Sequence[str], wanted: Sequence[str]) -> NDArray[Any]:
+    """Return labels of the classes `names` as those of the same names among `wanted`; -1, no label, stays."""
+    strangers = [name for label, name in enumerate(names) if name not in wanted and (y == label).any()]
+    if strangers:
+        raise ValueError(
+            f"{strangers[0]} must be one of the classes {', '.join(wanted)}, which the network was trained on: rename "
+            "it; or give --model and --checkpoint in place of --run, and labels count by their numbers"
+        )
+    places = [wanted.index(name) if name in wanted else -1 for name in names]
+    return np.array([*places, -1])[y]
+
+
+def _images(split: Any, column: str, library: Any, how: Reading) -> list[NDArray[np.uint8]]:
+    """Arrays (C, H, W), all of one size; C is 1 or 3."""
     arrays: list[NDArray[np.uint8]] = []
     decoded = library.Image(mode=split.features[column].mode)
     first = None
@@ -70,14 +86,15 @@ def _images(split: Any, column: str, library: Any, image_size: int | None) -> li
         which = f"image {len(arrays)}"
         if row[column] is None:
             raise ValueError(f"{which} must have 8 bits a channel, got none")
-        _check_size(row[column], which, len(split), image_size)
+        _check_size(row[column], which, len(split), how.image_size)
         image = decoded.decode_example(row[column])
         check_mode(image.mode, which)
         first = first or image.size
-        if image.size != first and image_size is None:
+        if image.size != first and how.image_size is None:
             sizes = "{}x{} and {}x{}".format(*first, *image.size)
             raise ValueError(f"images must have one size, got {sizes}: give --image-size N (image_size=N)")
-        arrays.append(pixels(image, 1 if image.mode in GREY else 3, image_size))
+        channels = how.channels or (1 if image.mode in GREY else 3)
+        arrays.append(pixels(image, channels, how.image_size))
     return arrays
 
 

@@ -123,6 +123,24 @@ class EvaluationSettings(Measurement):
         **{"steps": 1, "restarts": 1, "eot": 1, "autoattack_images": 0},
     }
 
+    @classmethod
+    def of(cls, explicit: dict[str, Any]) -> Self:
+        """Combine what the user set with what the run says, and check that all of the former has an effect.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `Measurement.of`; or if nothing that is measured has a setting.
+        """
+        found = super().of(explicit)
+        for names, used, fix in (
+            (("surrogate", "autoattack_images"), found.checklist, "--checklist"),
+            (("restarts",), "pgd" in found.attacks, "--attacks pgd"),
+            (("steps",), found.checklist or "pgd" in found.attacks, "--attacks pgd"),
+        ):
+            for name in names:
+                if name in explicit and not used:
+                    raise ValueError(f"{name} has no effect here, got {explicit[name]}: leave it out, or add {fix}")
+        return found
+
     def __post_init__(self) -> None:
         """Check every value; a ValueError names the first that does not fit, and what would."""
         super().__post_init__()
@@ -218,9 +236,18 @@ def run_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     found |= without_code(explicit, vars(config), path)
     if config.model not in MODELS:  # a bundled one has them in its weights
         found |= {"mean": config.mean, "std": config.std}
-    if explicit.get("dataset", config.dataset) == config.dataset:
+    if _may_be_the_same(explicit.get("dataset", config.dataset), config.dataset):
         found["val_fraction"] = config.val_fraction or TEST_FRACTION
     if explicit.get("dataset", config.dataset).partition(":")[0] not in ("folder", "hf"):
         found["image_size"] = None
     original = str(run / "original.safetensors") if (run / "original.safetensors").is_file() else None
     return {**found, "checkpoint": str(run / "model.safetensors"), "surrogate": original}
+
+
+def _may_be_the_same(dataset: str, other: str) -> bool:
+    """Tell whether two names may be of the same data; of a folder that is not at the `other` path, by its own name."""
+    (kind, _, path), (other_kind, _, other_path) = dataset.partition(":"), other.partition(":")
+    if dataset == other or not kind == other_kind == "folder":
+        return dataset == other
+    here, there = Path(path).resolve(), Path(other_path).resolve()
+    return here == there if there.exists() else here.name == there.name

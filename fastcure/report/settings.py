@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from fastcure.data.folder import TEST_FRACTION
 from fastcure.evaluation.settings import AUTOATTACK_IMAGES, EPS_L2, Measurement, check_radii, check_step
+from fastcure.models import MODELS
 from fastcure.training.settings import Settings, read_settings, setting
 
 FIGURES = ("figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds")
@@ -48,10 +50,14 @@ class ReportSettings(Measurement):
             ValueError: if its settings cannot be read, a value does not fit, or the runs do not belong together.
         """
         runs = explicit.get("runs", ())
-        read_runs(runs)
+        configs = read_runs(runs)
         if runs and "checkpoint" in explicit:
             raise ValueError("checkpoint is of a network that is no run's: leave it out, or the folders of runs")
-        return super().of({**explicit, "run": runs[0]} if runs else explicit)
+        found = super().of({**explicit, "run": runs[0]} if runs else explicit)
+        if not runs or found.val_fraction is None or "val_fraction" in explicit:
+            return found
+        # A smaller share is part of a larger one: no run has trained on an image of the smallest.
+        return replace(found, val_fraction=min(config.val_fraction or TEST_FRACTION for config in configs))
 
     @property
     def folder(self) -> Path:
@@ -88,7 +94,9 @@ def read_runs(runs: Sequence[str]) -> list[Settings]:
     """
     configs = [_config(Path(run)) for run in runs]
     for run, config in zip(runs, configs, strict=True):
-        for key in ("dataset", "image_size", "model", "model_arg"):
+        # A bundled network has its mean and std in its weights.
+        numbers = () if config.model in MODELS else ("mean", "std")
+        for key in ("dataset", "image_size", "model", "model_arg", *numbers):
             ours, theirs = getattr(configs[0], key), getattr(config, key)
             if ours != theirs:
                 raise ValueError(f"runs must agree in {key}, got {ours} in {runs[0]} and {theirs} in {run}")

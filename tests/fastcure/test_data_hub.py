@@ -105,6 +105,29 @@ def test_whole_number_labels(library: Any, tmp_path: Path) -> None:
     assert data.num_classes == 2
 
 
+def test_labels_are_those_of_the_classes_that_a_network_knows(library: Any, tmp_path: Path) -> None:
+    """By name: a set to test on may number its classes in another way, and grey images come out as RGB."""
+    features = {"image": library.Image(), "label": library.ClassLabel(names=["owl", "emu", "cat"])}
+    test = {"image": [picture(i, "L") for i in range(4)], "label": [2, 0, 0, -1]}
+    name, known = write_parquet(library, tmp_path / "set", features, test=test), ("cat", "dog", "owl")
+    with pytest.raises(ValueError, match=r"test labels must lie in 0\.\.2, got -1\.\.2"):
+        load(name, train=False, classes=known, channels=3)
+    name = write_parquet(library, tmp_path / "whole", features, test={n: c[:3] for n, c in test.items()})
+    data = load(name, train=False, classes=known, channels=3)
+    assert (data.y_test.tolist(), data.classes, data.x_test.shape[1]) == ([0, 2, 2], known, 3)
+    assert load(name, train=False).y_test.tolist() == [2, 0, 0]
+    with pytest.raises(ValueError, match="owl must be one of the classes cat, dog, which the network was trained on"):
+        load(name, train=False, classes=("cat", "dog"))
+
+
+def test_a_colour_image_is_grey_to_a_network_of_grey_images(library: Any, tmp_path: Path) -> None:
+    features = {"image": library.Image(), "label": library.Value("int64")}
+    name = write_parquet(library, tmp_path / "set", features, test={"image": [picture(0)], "label": [0]})
+    found = load(name, train=False, channels=1).x_test[0, 0].double().numpy()
+    red, green, blue = np.asarray(picture(0)).astype(float).transpose(2, 0, 1)
+    assert np.abs(found - (0.299 * red + 0.587 * green + 0.114 * blue)).max() <= 1  # ITU-R BT.601
+
+
 def test_unlabelled_test_split(library: Any, tmp_path: Path) -> None:
     features = {"image": library.Image(), "label": library.ClassLabel(names=["a", "b"])}
     train, test = ({"image": [picture(0)] * 2, "label": labels} for labels in ([0, 1], [-1, -1]))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import binomtest
 from small_runs import write_run
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 
 from fastcure.attacks import ATTACKS, autoattack
 from fastcure.cli import main
+from fastcure.data import load
+from fastcure.evaluation.network import load_images
+from fastcure.evaluation.settings import EvaluationSettings
 from fastcure.report.settings import ReportSettings
 
 MODULE = """
@@ -135,3 +139,54 @@ def test_bad_input_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not Path("report").exists()
+
+
+def write_own_run(name: str, **settings: object) -> str:
+    config = json.loads((write_run(Path(name)) / "config.json").read_text())
+    Path(name, "config.json").write_text(json.dumps(config | {"model": "report_networks:network"} | settings))
+    return name
+
+
+def test_runs_of_other_normalisations_do_not_share_one(place: Place) -> None:
+    """The numbers of a network that is not bundled are in the settings of its run, and not in its weights."""
+    runs = tuple(write_own_run(name, mean=[mean], std=[0.3]) for name, mean in (("a", 0.4), ("b", 0.5)))
+    explicit = {"runs": runs, "model": "report_networks:network"}
+    with pytest.raises(ValueError, match=r"runs must agree in mean, got \(0.4,\) in a and \(0.5,\) in b"):
+        ReportSettings.of(explicit)
+    assert ReportSettings.of({**explicit, "runs": runs[:1]}).mean == (0.4,)
+
+
+def test_no_run_is_measured_on_images_that_it_was_trained_on(place: Place) -> None:
+    """Of a folder that each run divided in its own way."""
+    for i in range(20):
+        path = Path("pets", "cat" if i % 2 else "dog", f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6), np.uint8)).save(path)
+    shares = {"a": 0.3, "b": None, "c": 0.2}
+    runs = tuple(write_own_run(name, dataset="folder:pets", val_fraction=share) for name, share in shares.items())
+    found = ReportSettings.of({"runs": runs, "model": "report_networks:network"})
+    measured = {bytes(image.numpy()) for image in load_images(found).x_test}
+    assert len(measured) == 2
+    for share in shares.values():
+        trained = load("folder:pets", test_fraction=share).x_train
+        assert isinstance(trained, Tensor)
+        assert measured.isdisjoint(bytes(image.numpy()) for image in trained)
+    explicit = {"runs": runs, "model": "report_networks:network", "val_fraction": 0.5}
+    assert ReportSettings.of(explicit).val_fraction == 0.5
+
+
+def test_a_folder_that_a_run_has_divided_is_known_by_any_path(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_own_run("run", dataset="folder:pets", val_fraction=0.3)
+
+    def share(path: str) -> float | None:
+        explicit = {"run": run, "model": "report_networks:network", "dataset": f"folder:{path}"}
+        return EvaluationSettings.of(explicit).val_fraction
+
+    run = "run"
+    for path in ("pets", "other/pets", "deep/er"):
+        Path(path).mkdir(parents=True)
+    assert [share(path) for path in ("pets", "./pets/", str(Path("pets").resolve()))] == [0.3] * 3
+    assert [share(path) for path in ("other/pets", "deep")] == [None, None]  # of another all is measured
+    monkeypatch.chdir("deep")
+    run = "../run"
+    assert [share(path) for path in ("../pets", "er")] == [0.3, None]
