@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from torch import nn
+
 from fastcure.objectives import Objective
+from fastcure.objectives.base import refuse_parameters_beside
 from fastcure.schedules import schedule
 
 
 class WithObjective:
     """Has an objective that is made when it is first needed, and that is no submodule: a checkpoint does not hold it.
 
+    It is made anew where the trainer has another network than before.
+
     Raises:
         NotImplementedError: if a subclass does not define `make_objective`.
+        ValueError: if the objective has parameters of its own, such as those of a loss: nothing would train them.
         TypeError: if the objective keeps something of each sample, whose places these frameworks do not tell.
     """
 
@@ -30,8 +36,8 @@ class WithObjective:
     @property
     def objective(self) -> Objective:
         """The objective, what `make_objective` returns."""
-        found: Objective | None = vars(self).get("_objective")
-        if found is None:
+        trained, found = self._trained(), vars(self).get("_objective")
+        if found is None or vars(self)["_objective_of"] is not trained:
             try:
                 found = self.make_objective()
             except AttributeError as error:  # a module would report that it has no `objective`
@@ -41,8 +47,14 @@ class WithObjective:
                     f"make_objective must return one that keeps nothing of each sample, got {type(found).__name__} "
                     f"with {', '.join(found.per_sample)}: train it by `fastcure finetune` or in a loop of your own"
                 )
-            vars(self)["_objective"] = found  # past `nn.Module.__setattr__`, which would make it a submodule
+            refuse_parameters_beside(trained, found)
+            # Past `nn.Module.__setattr__`, which would make submodules of them.
+            vars(self).update(_objective=found, _objective_of=trained)
         return found
+
+    def _trained(self) -> nn.Module:
+        """Return the module whose parameters are trained, which a trainer may exchange for another."""
+        raise NotImplementedError
 
     def _follow_schedules(self, share: float, epochs: float) -> dict[str, float]:
         """Set the numbers of the objective that have a schedule.

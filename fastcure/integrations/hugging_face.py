@@ -21,9 +21,10 @@ class TrainerMixin(WithObjective):
     It works in one process and in several (DistributedDataParallel), in 32 bits and in bf16, and with gradient
     accumulation over batches of any sizes: each sample of an update weighs the same.
 
-    Define `make_objective`; `schedules` span the run's epochs. The penalty and the scheduled numbers are logged with
-    the loss, which is the objective's total in training and the mean of its `loss_fn` in evaluation. Networks that are
-    not of the library transformers need `remove_unused_columns=False` in the training arguments.
+    Define `make_objective`, which is called again for each network that `model_init` makes; `schedules` span the run's
+    epochs. The penalty and the scheduled numbers are logged with the loss, which is the objective's total in training
+    and the mean of its `loss_fn` in evaluation. Networks that are not of the library transformers need
+    `remove_unused_columns=False` in the training arguments.
 
     Raises:
         ValueError: if a process has several devices, if the network is sharded, or if another loss is asked for.
@@ -64,6 +65,9 @@ class TrainerMixin(WithObjective):
             )
         self.model_accepts_loss_kwargs = True  # asks the trainer for num_items_in_batch
         self.label_names = getattr(self, "label_names", None) or ["labels"]
+
+    def _trained(self) -> nn.Module:
+        return self.model  # made anew by `model_init` for each training
 
     def images_and_labels(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return images and labels of a batch: "labels", and "pixel_values" or the only other entry."""

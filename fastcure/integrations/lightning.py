@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcure.integrations._with_objective import WithObjective
 
@@ -59,6 +59,10 @@ class LightningMixin(WithObjective):
         out = self.objective(x, y)
         self.log_dict({"loss": out.loss.detach(), "penalty": out.penalty.detach(), **values})
         return out.total
+
+    def _trained(self) -> nn.Module:
+        assert isinstance(self, nn.Module)
+        return self
 
     def _scheduled_now(self) -> dict[str, float]:
         steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs

@@ -187,6 +187,21 @@ class Objective(nn.Module):
         return batch_stats
 
 
+def refuse_parameters_beside(trained: nn.Module, objective: Objective) -> None:
+    """Raise if `objective` has parameters that would stay as they are, since those of `trained` alone are trained.
+
+    Raises:
+        ValueError: if so, unless they require no grad.
+    """
+    known = {id(parameter) for parameter in trained.parameters()}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise ValueError(
+                f"{type(objective).__name__} has the parameter {name}, which would not be trained, as it is none of "
+                "the network's: make it one of them, or freeze it by requires_grad_(False)"
+            )
+
+
 def refuse_settings_on(wrapper: nn.Module, objective: Objective) -> None:
     """Raise if settings of `objective` were set on a module around it, where nothing reads them.
 

@@ -111,6 +111,8 @@ def _finetune(
     )
     if settings.limit is not None:
         say(f"--limit: stratified samples of {len(whole.x_train):,} training and {len(whole.x_test):,} test images")
+    if settings.checkpoint is not None and settings.pretrain_epochs:
+        say(f"fine-tuning starts from {settings.checkpoint}: there is no standard training (--pretrain-epochs)")
     if settings.track > len(held[1]):
         say(f"--track {settings.track}: there are {len(held[1])} validation images; --validation N holds out more")
 

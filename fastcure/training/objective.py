@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastcure.objectives import OBJECTIVES, Objective, Standard
+from fastcure.objectives.base import refuse_parameters_beside
 from fastcure.objectives.standard import smoothed
 from fastcure.schedules import Schedule
 from fastcure.units import eps_to_h
@@ -52,6 +53,28 @@ def make_objective(settings: Settings, model: nn.Module, microbatch: int | None 
     return kind(model, **{name: value for name, value in options.items() if name in kind.settings})
 
 
+def check_objective(settings: Settings) -> None:
+    """Check that there can be such an objective, and that no setting is lost on it.
+
+    Raises:
+        ValueError: if a setting is out of range or has no effect, two do not go together, or a number of the objective
+            has no setting for its schedule.
+    """
+    make_objective(settings, nn.Identity(), settings.microbatch)
+    kind = OBJECTIVES[settings.objective]
+    for name in kind.scheduled:
+        if name not in SCHEDULES:
+            raise ValueError(
+                f"{kind.__name__}.scheduled may name {', '.join(SCHEDULES)}, of which a run has schedules, got "
+                f"{name!r}: leave it out, and give it a default"
+            )
+    if settings.label_smoothing and "loss_fn" not in kind.settings:
+        raise ValueError(
+            f"label_smoothing must be 0, as {kind.__name__} has no setting loss_fn, got {settings.label_smoothing}: "
+            "leave it out, or take loss_fn in the constructor and name it in settings"
+        )
+
+
 def make_objectives(settings: Settings, model: nn.Module, images: torch.Size, device: torch.device) -> ByPhase:
     """Return the objective of each phase of a run, on the device, with room for what it keeps of each training sample.
 
@@ -62,9 +85,11 @@ def make_objectives(settings: Settings, model: nn.Module, images: torch.Size, de
         device: of the model.
 
     Raises:
-        ValueError: if a buffer that fine-tuning's is to have is not there, would not be saved, or has not N rows.
+        ValueError: if a buffer that fine-tuning's is to have is not there, would not be saved, or has not N rows; if it
+            has parameters beside those of the model, which alone are trained.
     """
     objective = make_objective(settings, model)
+    refuse_parameters_beside(model, objective)
     objective.allocate(images[0], images[1:])
     saved, kind = objective.state_dict(), type(objective).__name__
     for name in objective.per_sample:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
 
 from fastcure._defaults import BATCH_STATS, BatchStats
 from fastcure._fields import OneOf, check_types, check_whole_numbers, shortened
@@ -18,7 +17,7 @@ from fastcure.models import MODELS
 from fastcure.models.loading import FORMS, parse_arguments
 from fastcure.objectives import OBJECTIVES
 from fastcure.schedules import Schedule, schedule
-from fastcure.training.objective import make_objective, settings_of
+from fastcure.training.objective import check_objective, settings_of
 from fastcure.training.optimizer import OPTIMIZERS
 from fastcure.training.presets import PRESETS
 from fastcure.training.run_folder import read_json
@@ -172,7 +171,7 @@ class Settings:
             raise ValueError(f"clip must be > 0, got {self.clip}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be in (0, 1), such as 0.999, got {self.ema}")
-        make_objective(self, nn.Identity(), self.microbatch)
+        check_objective(self)
         if "engine" in settings_of(self.objective):
             engine_called(self.engine, training_norms=self.batch_stats == "train")
         if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
@@ -232,6 +231,8 @@ def make_settings(explicit: dict[str, Any], *, resume: bool = False, config: str
                 f"{name} is no setting of the objective {settings.objective}, but of {', '.join(others)}: leave it "
                 "out, or choose another --objective"
             )
+    if "momentum" in explicit and settings.optimizer != "sgd":
+        raise ValueError(f"momentum is no setting of {settings.optimizer}: leave it out, or give --optimizer sgd")
     return settings
 
 

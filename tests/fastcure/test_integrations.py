@@ -128,6 +128,22 @@ def test_evaluation_is_that_of_the_network(case: Case) -> None:
         torch.testing.assert_close(loss, nn.functional.cross_entropy(model(case.x), case.y))
 
 
+def test_a_network_that_the_trainer_makes_anew_is_the_one_that_is_trained(case: Case) -> None:
+    """As `model_init` does, in each call of `train`."""
+    first, second = case.model.train(), case.copy().model.train()
+    trainer, batch = RobustTrainer(first), {"x": case.x, "labels": case.y}
+    trainer.compute_loss(first, batch).backward()
+    gradients = [parameter.grad for parameter in first.parameters()]
+    made = trainer.objective
+    assert trainer.objective is made
+    first.zero_grad()
+    trainer.model = second
+    trainer.compute_loss(second, batch).backward()
+    assert all(parameter.grad is None for parameter in first.parameters())
+    for parameter, expected in zip(second.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
 def test_a_wrapper_that_is_not_known_is_refused(case: Case) -> None:
     trainer = RobustTrainer(case.model.train())
     with pytest.raises(ValueError, match="in DistributedDataParallel, got Sequential: leave out fsdp"):
@@ -190,3 +206,38 @@ def test_an_objective_that_keeps_something_of_each_sample_is_refused(case: Case)
 
     with pytest.raises(TypeError, match="keeps nothing of each sample, got Keeping with last: train it by"):
         Mixed(case.model).training_step((case.x, case.y))
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits / self.temperature, y, reduction="none")
+
+
+def test_a_parameter_that_nothing_would_train_is_refused(case: Case) -> None:
+    class Trained(TrainerMixin, Trainer):
+        def make_objective(self) -> Objective:
+            return fastcure.CURE(self.model, h=0.7, loss_fn=self.args.loss)
+
+    class Fitted(LightningMixin, Module):
+        def make_objective(self) -> Objective:
+            return fastcure.CURE(self.model, h=0.7, loss_fn=self.loss or loss)
+
+    loss, batch = Scaled().to(case.x), {"x": case.x, "labels": case.y}
+    trainer, module = Trained(case.model.train()), Fitted(case.model)
+    trainer.args.loss, module.loss = loss, None
+    message = "CURE has the parameter loss_fn.temperature, which would not be trained, as it is none of the network's"
+    with pytest.raises(ValueError, match=message):
+        trainer.compute_loss(case.model, batch)
+    with pytest.raises(ValueError, match=message):
+        module.training_step((case.x, case.y))
+    module.loss = loss  # of the module, and so among the parameters of its optimiser
+    module.training_step((case.x, case.y)).backward()
+    assert loss.temperature.grad is not None
+    loss.requires_grad_(False)
+    trainer.compute_loss(case.model, batch).backward()
