@@ -65,8 +65,8 @@ class SmoothedCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the loss of each sample `(B,)`; y as in `cross_entropy`."""
-        loss = cross_entropy(logits, y)
-        return torch.lerp(loss, -F.log_softmax(logits, 1).mean(1), self.smoothing)
+        loss = cross_entropy(logits, y)  # in float32, if autocast makes the logits; log_softmax on a GPU alone
+        return torch.lerp(loss, -F.log_softmax(logits, 1, dtype=loss.dtype).mean(1), self.smoothing)
 
 
 def smoothed(smoothing: float) -> LossFn:

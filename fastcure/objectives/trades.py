@@ -65,6 +65,7 @@ class TRADES(Attacked):
         with self.passes():
             logits, logits_adv = find_logits(self.model(torch.cat([x, adv]))).chunk(2)
         loss = self.loss_fn(logits, y).mean()
-        log_p, log_q = logits.log_softmax(1), logits_adv.log_softmax(1)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # on a CPU autocast leaves log_softmax in 16 bits
+        log_p, log_q = logits.log_softmax(1, dtype=wide), logits_adv.log_softmax(1, dtype=wide)
         penalty = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return ObjectiveOutput(loss + self.gamma * penalty, loss, penalty, logits.detach())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastcure import CURE, curvature, prepare
 from fastcure import _functional as functional
 from fastcure.models import resnet8
+from fastcure.objectives import TRADES, SmoothedCrossEntropy, Standard
 
 
 @pytest.fixture
@@ -102,3 +103,43 @@ def test_an_input_gradient_too_small_for_float16_survives(
     assert relative(scaled, gradient) < 0.05
     assert lost == 0
     assert relative(unscaled, gradient) > 0.5
+
+
+class Recorded(nn.Module):
+    """A network that keeps the logits of its last pass."""
+
+    logits: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.logits = self.layers(x)
+        return self.logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_smoothed_loss_is_that_of_the_logits(dtype: torch.dtype) -> None:
+    """Of logits in 16 bits, as autocast makes them; nothing but them is rounded to so few."""
+    torch.manual_seed(0)
+    model, x, y = Recorded(), torch.rand(64, 48), torch.arange(64) % 5
+    objective = Standard(model, SmoothedCrossEntropy(0.1))
+    with torch.autocast("cpu", dtype):
+        out = objective(x, y)
+    out.total.backward()
+    assert model.logits.dtype == dtype
+    truth = nn.functional.cross_entropy(model.logits.double(), y, label_smoothing=0.1)
+    assert out.loss.item() == pytest.approx(truth.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_divergence_is_that_of_the_logits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x, y = Recorded(), torch.rand(64, 3, 4, 4), torch.arange(64) % 5
+    with torch.autocast("cpu", dtype):
+        out = TRADES(model, eps=0.01, steps=1)(x, y)
+    log_p, log_q = model.logits.double().log_softmax(1).chunk(2)
+    truth = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
+    assert 1e-6 < truth < 1e-3
+    assert out.penalty.item() == pytest.approx(truth, abs=1e-6)
