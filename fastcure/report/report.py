@@ -89,7 +89,8 @@ def _networks(settings: ReportSettings, runs: Sequence[Settings]) -> tuple[str, 
         compared = {"surrogate": settings.surrogate} if settings.surrogate is not None else {}
         return name, {**compared, name: settings.checkpoint}
     objectives = {config.objective for config in runs}
-    title = OBJECTIVES[runs[0].objective].title if len(objectives) == 1 else "fine-tuning"
+    known = OBJECTIVES.get(runs[0].objective) if len(objectives) == 1 else None  # it may be of the user's own
+    title = known.title if known is not None else "fine-tuning"
     names = [f"after {title}"] if len(runs) == 1 else short_names(settings.runs)
     after = {name: str(Path(run) / "model.safetensors") for name, run in zip(names, settings.runs, strict=True)}
     return title, {f"before {title}": settings.surrogate, **after}

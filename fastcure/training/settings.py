@@ -265,12 +265,15 @@ def read_settings(path: Path, *, resume: bool = True) -> Settings:
     Args:
         path: of the file.
         resume: to go on with the run, nothing may be unknown. Otherwise settings that this version does not have are
-            left out.
+            left out, and the objective may be one of the user's, by its name alone.
 
     Raises:
         ValueError: if the file does not hold the settings of a run.
     """
     content = read_json(path)
+    objective = content.get("objective", Settings.objective)
+    if not resume and isinstance(objective, str) and objective not in OBJECTIVES:
+        content["objective"] = "standard"  # for the checks of the other settings
     lacking = [name for name in ("dataset", "data_dir", "model", "eps") if name not in content]
     known = {each.name for each in fields(Settings)}
     unknown = sorted(content.keys() - known) if resume else []
@@ -282,7 +285,9 @@ def read_settings(path: Path, *, resume: bool = True) -> Settings:
     except ValueError as error:
         raise ValueError(f"{path} does not hold the settings of a run: {error}") from error
     lists: dict[str, Any] = {name: tuple(value) for name, value in vars(found).items() if isinstance(value, list)}
-    return replace(found, **lists)
+    found = replace(found, **lists)
+    vars(found)["objective"] = objective
+    return found
 
 
 def refuse_code(model: object, path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from scipy.stats import binomtest
 from small_runs import write_run
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from fastcure.cli import main
 from fastcure.data import load
 from fastcure.evaluation.network import load_images
 from fastcure.evaluation.settings import EvaluationSettings
-from fastcure.report.settings import ReportSettings
+from fastcure.report.report import _networks
+from fastcure.report.settings import ReportSettings, read_runs
 
 MODULE = """
 from torch import nn
@@ -190,3 +192,17 @@ def test_a_folder_that_a_run_has_divided_is_known_by_any_path(place: Place, monk
     monkeypatch.chdir("deep")
     run = "../run"
     assert [share(path) for path in ("../pets", "er")] == [0.3, None]
+
+
+def test_a_run_of_an_objective_of_ones_own_is_measured_without_it(place: Place) -> None:
+    own = {"objective": "atta", "microbatch": 4, "batch_stats": "train", "dataset": "npz:data.npz"}
+    run = write_own_run("run", mean=[0.4], std=[0.3], **own)
+    Path(run, "model.safetensors").write_bytes(save(place.networks[1].state_dict()))
+    named = ["--model", "report_networks:network", "--device", "cpu"]
+    assert main(["evaluate", "--run", run, *named, "--attacks", "fgsm", "--out", "found.json"]) == 0
+    found = json.loads(Path("found.json").read_text())
+    assert found["clean"] == pytest.approx(clean(place.networks[1], place.x, place.y), abs=1e-9)
+    (config,) = read_runs([run])
+    assert config.objective == "atta"
+    title, weights = _networks(ReportSettings.of({"runs": (run,), "model": "report_networks:network"}), [config])
+    assert (title, list(weights)) == ("fine-tuning", ["before fine-tuning", "after fine-tuning"])
