@@ -190,9 +190,8 @@ def passes(model: nn.Module, options: Options) -> Iterator[list[nn.Module]]:
     refuse_wrappers_within(model, options.loss_fn)
     with one_thread(model, options.loss_fn):
         norms = training_norms(model, options.loss_fn) if options.batch_stats == "train" else []
-        check_training_norms(norms)
         with evaluation_mode(model, options.loss_fn, but=NORMS if norms else ()):
-            yield [module for _, module in norms]
+            yield norms
 
 
 def evaluate(
@@ -247,20 +246,21 @@ def check_arguments(x: Tensor, y: Tensor, h: float | Tensor, direction: Tensor |
     refuse_static_graph()
 
 
-def training_norms(*roots: object) -> list[tuple[str, nn.Module]]:
-    """Return the batch norms in training mode, each with its name, which is that within its root."""
-    modules = (named for root in roots if isinstance(root, nn.Module) for named in root.named_modules())
-    return [(name, module) for name, module in modules if module.training and isinstance(module, NORMS)]
+def training_norms(*roots: object) -> list[nn.Module]:
+    """Return the batch norms in training mode.
 
-
-def check_training_norms(norms: list[tuple[str, nn.Module]]) -> None:
-    """Check that batch norms in training mode have a double backward."""
-    for name, module in norms:
+    Raises:
+        ValueError: if one has no double backward.
+    """
+    named = (pair for root in roots if isinstance(root, nn.Module) for pair in root.named_modules())
+    norms = {module: name for name, module in named if module.training and isinstance(module, NORMS)}
+    for module, name in norms.items():
         if isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"batch_stats='train' must have batch norms with a double backward, got the SyncBatchNorm {name}: keep "
                 "nn.BatchNorm, whose statistics are each process's own, or batch_stats='frozen'"
             )
+    return list(norms)
 
 
 def _joined(values: list[Tensor]) -> Tensor:

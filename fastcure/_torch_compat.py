@@ -1,6 +1,6 @@
 """Private names of torch's, each under a name that says what it is for; no other file of the package uses any.
 
-`tests/fastcure/test_torch_compat.py` has a canary for each, which says what broke when torch moves.
+`tests/fastcure/test_torch_compat*.py` has a canary for each, which says what broke when torch moves.
 """
 
 from __future__ import annotations

@@ -34,12 +34,6 @@ def check_positive(name: str, value: float | Tensor, *, batch: int | None = None
         raise ValueError(f"{name} must be {'>=' if zero else '>'} 0, got {value}")
 
 
-def check_fraction(fraction: float) -> None:
-    """Check a share of a batch, in (0, 1]."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], 1 for a penalty on every sample, got {fraction}")
-
-
 def check_images(x: Tensor) -> None:
     """Check that `x` `(B, ...)` is a batch of floating-point images, outside of any graph."""
     if not isinstance(x, Tensor):

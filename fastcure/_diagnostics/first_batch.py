@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss
+from fastcure._validation import outside
 
 if TYPE_CHECKING:
     from fastcure.engines.base import Request
-
-SLACK = 1e-3
-"""By which resampling may leave [0, 1]."""
 
 _seen: WeakSet[nn.Module] = WeakSet()
 _small_steps: WeakSet[nn.Module] = WeakSet()
@@ -44,26 +42,33 @@ def first_batch(request: Request) -> Iterator[None]:
     _seen.add(request.model)
 
 
-def warn_of_range(x: Tensor) -> None:
-    """Warn if pixels are not in [0, 1]; one that is not a number is no matter of this."""
-    low, high = (float(value) for value in (x.amin(), x.amax())) if x.numel() else (0.0, 0.0)
-    if low < -SLACK or high > 1 + SLACK:
+def warn_of_range(x: Tensor) -> bool:
+    """Warn if pixels are not in [0, 1], and tell whether it did; one that is not a number is no matter of this."""
+    found = bool(outside(x, (0.0, 1.0)).any())
+    if found:
+        low, high = (float(value) for value in x[~x.isnan()].aminmax())
         warn(
-            f"pixels should be in [0, 1], got {low:.3g}..{high:.3g}: h and eps are in units of the input; divide by "
-            "255, or make normalisation a layer of the model (fastcure.models.Normalize)"
+            f"pixels should be in [0, 1], got {low:.4g}..{high:.4g}: h, eps and curvature are in units of the input; "
+            "divide by 255, or make normalisation a layer of the model (fastcure.models.Normalize)"
         )
+    return found
 
 
 def refuse_randomness(functional: FunctionalLoss, x: Tensor, y: Tensor) -> None:
     """Raise if two passes in evaluation mode differ: so do g(x) and g(x + h z), whatever the curvature is."""
-    with torch.no_grad():
-        first, second = (functional(x, y)[0].float() for _ in range(2))
-    difference = float((first - second).norm() / first.norm())
+    difference = difference_of_passes(functional, x, y)
     if difference > 1e-3:
         raise ValueError(
             f"the model is random in evaluation mode: logits differ by {difference:.1%} between two passes, which the "
             "penalty would take for curvature; give F.dropout and the like training=self.training, or use nn.Dropout"
         )
+
+
+def difference_of_passes(functional: FunctionalLoss, x: Tensor, y: Tensor) -> float:
+    """Return by how much the logits of two passes differ, relative to their size; it draws nothing for others."""
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        first, second = (functional(x.detach(), y)[0].double() for _ in range(2))
+    return float((first - second).norm() / first.norm())
 
 
 def warn_of_small_step(model: nn.Module, x: Tensor, h: float | Tensor) -> None:

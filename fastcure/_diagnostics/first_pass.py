@@ -13,10 +13,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from fastcure._diagnostics.first_batch import random_states
+from fastcure._diagnostics.first_batch import difference_of_passes, random_states, warn_of_range
 from fastcure._diagnostics.warning import warn
 from fastcure._functional import FunctionalLoss, LossFn
-from fastcure._validation import outside
 
 _attacked: WeakSet[nn.Module] = WeakSet()
 _probabilities: WeakSet[nn.Module] = WeakSet()
@@ -69,13 +68,8 @@ def look_before_measure(functional: FunctionalLoss, x: Tensor, *, logits: bool =
     Raises:
         ValueError: within that call, if the model is random in evaluation mode.
     """
-    if pixels and functional.model not in _ranges and bool(outside(x, (0.0, 1.0)).any()):
+    if pixels and functional.model not in _ranges and warn_of_range(x):
         _ranges.add(functional.model)
-        low, high = (float(value) for value in x.aminmax())
-        warn(
-            f"pixels should be in [0, 1], got {low:.4g}..{high:.4g}: curvature and lengths are in units of the input; "
-            "divide by 255, or make normalisation a layer of the model (fastcure.models.Normalize)"
-        )
 
     def judge(output: Tensor, difference: float) -> None:
         if logits:
@@ -128,14 +122,7 @@ def _examine(functional: FunctionalLoss, x: Tensor, judge: Callable[[Tensor, flo
         for handle in handles:
             handle.remove()
         drawn = not all(map(torch.equal, states, random_states(x)))
-        judge(output[0].detach(), _difference(functional, *inputs) if drawn else 0.0)
+        judge(output[0].detach(), difference_of_passes(functional, *inputs) if drawn else 0.0)
 
     module = functional.module
     handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after))
-
-
-def _difference(functional: FunctionalLoss, x: Tensor, y: Tensor) -> float:
-    """Return by how much the logits of two passes differ, relative to their size; it draws nothing for others."""
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        first, second = (functional(x.detach(), y)[0].double() for _ in range(2))
-    return float((first - second).norm() / first.norm())

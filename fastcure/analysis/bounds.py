@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,11 +124,8 @@ def robustness_bounds(
         return quadratic_bounds((threshold - product.loss).clamp(min=0), g.norm(dim=1), nu, along)
 
     copies = min(chunk_size, 2)
-    return Bounds(
-        *by_samples(
-            measure, model, x, y, loss_fn=loss_fn, samples=chunk_size // copies, copies=copies, progress=progress
-        )
-    )
+    groups: dict[str, Any] = {"samples": chunk_size // copies, "copies": copies}
+    return Bounds(*by_samples(measure, model, x, y, loss_fn=loss_fn, progress=progress, **groups))
 
 
 def _margin(logits: Tensor, classes: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastcure_kernels import direction
@@ -86,18 +86,8 @@ def frobenius_norm(
         passes = [min(copies, probes - done) for done in range(0, probes, copies)]
         return (torch.cat([product(draw(count)).square().sum(2) for count in passes], 1),)
 
-    (squares,) = by_samples(
-        measure,
-        model,
-        x,
-        y,
-        loss_fn=loss_fn,
-        samples=chunk_size // copies,
-        copies=copies,
-        h=h,
-        graph=method == "exact",
-        progress=progress,
-    )
+    groups: dict[str, Any] = {"samples": chunk_size // copies, "copies": copies}
+    (squares,) = by_samples(measure, model, x, y, loss_fn=loss_fn, **groups, h=h, progress=progress)
     value = squares.mean(1).sqrt()
     error = squares.std(1) / probes**0.5 / (2 * torch.where(value == 0, 1.0, value))
     return FrobeniusNorm(value, error)
@@ -137,17 +127,5 @@ def curvature_along_gradient(
     def measure(product: Products, _: slice) -> tuple[Tensor]:
         return (product(direction(product.gradient)[:, None]).norm(dim=2).squeeze(1),)
 
-    return GradientCurvature(
-        *by_samples(
-            measure,
-            model,
-            x,
-            y,
-            loss_fn=loss_fn,
-            samples=chunk_size,
-            copies=1,
-            h=h,
-            graph=method == "exact",
-            progress=progress,
-        )
-    )
+    options: dict[str, Any] = {"samples": chunk_size, "copies": 1}
+    return GradientCurvature(*by_samples(measure, model, x, y, loss_fn=loss_fn, **options, h=h, progress=progress))

@@ -158,10 +158,12 @@ def by_samples(
     samples: int,
     copies: int,
     h: float | Tensor | None = None,
-    graph: bool = True,
+    graph: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, ...]:
     """Measure `samples` samples at a time, the model in evaluation mode, and join the results along the batch.
+
+    A `graph` for exact products is made where there is no `h`, if it is None.
 
     Raises:
         ValueError: if the model is random in evaluation mode.
@@ -184,7 +186,7 @@ def by_samples(
                     y[part],
                     copies=copies,
                     h=None if lengths is None else lengths[part],
-                    graph=graph,
+                    graph=h is None if graph is None else graph,
                     first=part.start,
                 ),
                 part,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,18 +95,8 @@ def curvature_profile(
             values = _eigenvalues(basis @ product.finite(basis).mT)
         return (torch.cat([values[:, :k], values[:, -k:]], 1),)
 
-    (eigenvalues,) = by_samples(
-        measure,
-        model,
-        x,
-        y,
-        loss_fn=loss_fn,
-        samples=samples,
-        copies=copies,
-        h=h,
-        graph=method == "exact" or k is not None,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"samples": samples, "copies": copies, "h": h, "graph": h is None or k is not None}
+    (eigenvalues,) = by_samples(measure, model, x, y, loss_fn=loss_fn, progress=progress, **options)
     return CurvatureProfile(eigenvalues, eigenvalues.mean(0))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcure._diagnostics.first_pass import look_before_attack
+from fastcure._extras import extra
 from fastcure._functional import FunctionalLoss, evaluation_mode, unwrap
 from fastcure._inference_mode import outside_inference_mode
 from fastcure._validation import check_batch, check_classes, check_labels, check_pixels, check_positive
@@ -70,11 +70,7 @@ def autoattack(
         >>> adversarial.shape
         torch.Size([5, 1, 4, 4])
     """
-    try:
-        package = import_module("pyautoattack")
-    except ModuleNotFoundError as error:
-        mend = "AutoAttack needs the package pyautoattack: pip install pyautoattack"
-        raise ModuleNotFoundError(mend, name=error.name) from error
+    package = extra("pyautoattack", "by autoattack")
     check_batch(x, y, None)
     check_labels(y, len(x))
     check_pixels(x, option=False)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from fastcure._extras import need
+from fastcure.cli._flags import add_flags
 
 SUBJECT = "of a finetune run (--run), or of any other network (--model, --checkpoint, --dataset)"
+
+
+def flags_of(settings: str) -> Callable[[argparse.ArgumentParser], None]:
+    """Return the `add_arguments` of a command: a flag for each of its settings, `package.module:class`."""
+    return lambda parser: add_flags(parser, imported(settings))
 
 
 def measure_with(settings: str, function: str, *packages: str) -> Callable[[dict[str, Any]], None]:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
-from fastcure.cli._flags import add_flags
-from fastcure.cli._measurement import SUBJECT, imported, measure_with
+from fastcure.cli._measurement import SUBJECT, flags_of, measure_with
 
 HELP = "measure a network's accuracy, clean and under attack"
 DESCRIPTION = f"Measure accuracy, clean and under attack, {SUBJECT}."
 EPILOG = ""
 SETTINGS = "fastcure.evaluation.settings:EvaluationSettings"
 
+add_arguments = flags_of(SETTINGS)
 run = measure_with(SETTINGS, "fastcure.evaluation.evaluate:evaluate", "tqdm")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
-    add_flags(parser, imported(SETTINGS))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from fastcure_kernels import difference_sqnorm
 from torch import Tensor
 
 from fastcure._diagnostics.kinks import warn_of_kinks
@@ -56,8 +57,7 @@ class FirstOrder(Engine):
             warn_of_kinks(functional, loss, x, step, y)
 
         d = g_step - g
-        penalty = d.float().square() if d.dtype != torch.float64 else d.square()
-        penalty = penalty.flatten(1).sum(1)
+        penalty = difference_sqnorm(g_step, g)
         leaves = [leaf for leaf, _ in found]
         versions = [version(leaf) for leaf in leaves]
         device = x.device.type

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -22,7 +23,7 @@ from fastcure._validation import check_batch, check_classes, check_labels, check
 from fastcure.attacks import ATTACKS, fgsm, pgd, spsa
 from fastcure.attacks._arguments import check_numbers
 from fastcure.data import stratified
-from fastcure.evaluation.accuracy import Attack, check_outputs, judge
+from fastcure.evaluation.accuracy import Attack, check_outputs, correct, judge
 from fastcure.evaluation.interval import with_interval
 
 MORE_STEPS, RESTARTS = 5, 3
@@ -146,36 +147,35 @@ def verdict(items: list[Item]) -> str:
     return "\n".join([f"gradient masking: {head}"] + [f"  {marks[i.passed]}  {i.name}: {i.words}" for i in items])
 
 
+@dataclass(eq=False)
 class _Examination:
     """The images that the model classifies rightly, and what the attacks leave of them."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        eps: float,
-        surrogate: nn.Module | None,
-        margin: float,
-        steps: int,
-        samples: int,
-        batch_size: int,
-        eot: int,
-        autoattack_images: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.model, self.eps, self.surrogate, self.margin = model, eps, surrogate, margin
-        self.steps, self.samples, self.batch_size, self.generator = steps, samples, batch_size, generator
-        self.eot, self.count = eot, len(x)
-        chosen = torch.zeros(len(x), dtype=torch.bool)
-        if autoattack_images:
-            chosen[stratified(y, autoattack_images, seed=0)] = True
-        self.x, self.y = x, y
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    eps: float
+    surrogate: nn.Module | None
+    margin: float
+    steps: int
+    samples: int
+    batch_size: int
+    eot: int
+    autoattack_images: int
+    generator: torch.Generator | None
+
+    def __post_init__(self) -> None:
+        self.count = len(self.x)
+        chosen = torch.zeros(self.count, dtype=torch.bool)
+        if self.autoattack_images:
+            chosen[stratified(self.y, self.autoattack_images, seed=0)] = True
         right = self._clean()
         if not right.any():
-            raise ValueError(f"the model classifies none of the {len(x)} images rightly: there is nothing to attack")
-        self.x, self.y = x[right], y[right]
-        self.chosen, self.chosen_count = chosen.to(x.device)[right], int(chosen.sum())
+            raise ValueError(
+                f"the model classifies none of the {self.count} images rightly: there is nothing to attack"
+            )
+        self.x, self.y = self.x[right], self.y[right]
+        self.chosen, self.chosen_count = chosen.to(right.device)[right], int(chosen.sum())
         """Which of them AutoAttack is run on, and of how many images these are those classified rightly."""
 
     def more_steps(self) -> Item:
@@ -275,25 +275,21 @@ class _Examination:
 
     def _survivors(self, attack: Attack, of: Tensor | slice = slice(None)) -> Tensor:
         """Return `(B,)`: which images, all or some `of` them, are still classified rightly under an attack."""
-        left = []
-        for x, y in zip(self.x[of].split(self.batch_size), self.y[of].split(self.batch_size), strict=True):
-            adv = attack(self.model, x, y)
-            with torch.no_grad():
-                left.append(judge(find_logits(self.model(adv)), y)[1])
-        return torch.cat(left)
+        batches = zip(self.x[of].split(self.batch_size), self.y[of].split(self.batch_size), strict=True)
+        return torch.cat([correct(self.model, x, y, attack) for x, y in batches])
 
     def _clean(self) -> Tensor:
         """Return `(B,)`: which images are classified rightly; all are checked."""
         valid: list[Tensor] = []
-        correct: list[Tensor] = []
+        right: list[Tensor] = []
         for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
             with torch.no_grad():
                 logits = find_logits(self.model(x))
             check_classes(y, logits)
-            for whole, part in zip((valid, correct), judge(logits, y), strict=True):
+            for whole, part in zip((valid, right), judge(logits, y), strict=True):
                 whole.append(part)
         check_outputs(int((~torch.cat(valid)).sum()), self.count)
-        return torch.cat(correct)
+        return torch.cat(right)
 
     def _accuracy(self, left: Tensor) -> float:
         return int(left.sum()) / self.count

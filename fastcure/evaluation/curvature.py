@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcure._environment import environment, pick_device
+from fastcure._environment import pick_device
 from fastcure._inference_mode import outside_inference_mode
 from fastcure.analysis import curvature_along_gradient, curvature_profile, frobenius_norm
 from fastcure.data import limited, sampled
 from fastcure.evaluation.network import load_images, load_network
-from fastcure.evaluation.settings import AnalysisSettings, write_results
-from fastcure.training.finetune import silent
+from fastcure.evaluation.results import conclude
+from fastcure.evaluation.settings import AnalysisSettings
 from fastcure.training.ranks import Ranks, join, own_device
 
 Results = dict[str, Any]
@@ -39,7 +38,7 @@ def analyze(settings: AnalysisSettings, say: Callable[[str], object] = print) ->
         MemoryError: if memory runs out.
     """
     with join(pick_device(own_device(settings.device))) as ranks:
-        return _analyze(settings, say if ranks.is_main_process else silent, ranks)
+        return _analyze(settings, ranks.voice(say), ranks)
 
 
 def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
@@ -78,17 +77,7 @@ def _analyze(settings: AnalysisSettings, say: Callable[[str], object], ranks: Ra
             else:
                 shown = "  ".join(f"{value:.3g}" for value in values)
             say(f"  {titles[title]:<28} {shown}")
-    about = {
-        "settings": asdict(settings),
-        "images": len(x),
-        "test_set": len(whole.x_test),
-        "environment": environment(ranks.device),
-    }
-    results: Results = {**about, "networks": networks}
-    if settings.out is not None and ranks.is_main_process:
-        write_results(settings.out, results)
-        say(f"results in {settings.out}")
-    return results
+    return conclude(settings, data, whole, ranks, {"networks": networks}, say)
 
 
 def _curvatures(

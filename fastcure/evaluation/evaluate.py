@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastcure._environment import environment, pick_device
+from fastcure._environment import pick_device
 from fastcure._extras import need
 from fastcure._inference_mode import outside_inference_mode
 from fastcure.attacks import ATTACKS, L2_ATTACKS, deepfool
@@ -20,8 +19,8 @@ from fastcure.evaluation.accuracy import correct
 from fastcure.evaluation.checklist import Check, masking_checklist, verdict
 from fastcure.evaluation.interval import weaker_than_autoattack, wilson, with_interval
 from fastcure.evaluation.network import load_images, load_network
-from fastcure.evaluation.settings import EvaluationSettings, write_results
-from fastcure.training.finetune import silent
+from fastcure.evaluation.results import conclude
+from fastcure.evaluation.settings import EvaluationSettings
 from fastcure.training.ranks import Ranks, Work, join, own_device
 
 Results = dict[str, Any]
@@ -56,7 +55,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         MemoryError: if memory runs out.
     """
     with join(pick_device(own_device(settings.device))) as ranks:
-        return _evaluate(settings, say if ranks.is_main_process else silent, ranks)
+        return _evaluate(settings, ranks.voice(say), ranks)
 
 
 def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks: Ranks) -> Results:
@@ -110,18 +109,7 @@ def _evaluate(settings: EvaluationSettings, say: Callable[[str], object], ranks:
         items = measure.checklist(surrogate)
         results["checklist"] = [item._asdict() for item in items]
         say(verdict(items))
-
-    about = {
-        "settings": asdict(settings),
-        "images": len(data.x_test),
-        "test_set": len(whole.x_test),
-        "environment": environment(ranks.device),
-    }
-    results = {**about, **results}
-    if settings.out is not None and ranks.is_main_process:
-        write_results(settings.out, results)
-        say(f"results in {settings.out}")
-    return results
+    return conclude(settings, data, whole, ranks, results, say)
 
 
 def intervals(results: Results, images: int) -> Results:

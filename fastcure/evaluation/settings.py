@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from fastcure._fields import OneOf, check_types, check_whole_numbers
-from fastcure._writing import json_bytes, write_whole
 from fastcure.attacks import ATTACKS, L2_ATTACKS
 from fastcure.data import ADDRESSES, DATASETS
 from fastcure.data.folder import TEST_FRACTION
@@ -23,6 +21,7 @@ from fastcure.training.settings import (
     MEAN,
     MODEL_ARG,
     check_model,
+    check_radii,
     read_settings,
     refuse_code,
     setting,
@@ -169,31 +168,12 @@ class AnalysisSettings(Measurement):
         check_step(self.h)
 
 
-def check_radii(eps: tuple[float, ...], eps_l2: tuple[float, ...]) -> None:
-    """Check radii, of L-infinity and of L2."""
-    if not eps or not all(0 < each <= 1 for each in eps):
-        raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(eps)}")
-    if not all(0 < each <= MAX_H for each in eps_l2):
-        raise ValueError(f"eps_l2 must be L2 lengths in (0, {MAX_H:g}], such as 0.5, got {list(eps_l2)}")
-
-
 def check_step(h: float) -> None:
     """Check the L2 length of a finite step."""
     if h <= 0:
         raise ValueError(f"h must be > 0, got {h}")
     if h > MAX_H:
         raise ValueError(f"h must be <= {MAX_H:g}, got {h}")
-
-
-def write_results(out: str, results: dict[str, Any]) -> None:
-    """Write the results of a measurement as JSON, as a whole or not at all.
-
-    Raises:
-        OSError: if that is impossible, or the file has come to exist since the settings were checked.
-    """
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} has come to exist during the measurement, and is left as it is: see above")
-    write_whole(out, json_bytes(results))
 
 
 class Known(NamedTuple):

@@ -5,18 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from fastcure_kernels import linf_step
 from torch import Tensor, nn
 
 from fastcure import _functional
 from fastcure._folding.layers import folded_layers
-from fastcure._functional import FunctionalLoss, LossFn, ModelWithLoss, cross_entropy, evaluation_mode, unwrap
+from fastcure._functional import FunctionalLoss, LossFn, cross_entropy, evaluation_mode, unwrap
 from fastcure._validation import check_batch, check_pixels
 from fastcure.attacks._gradient import attack_gradient
 from fastcure.attacks._random_start import uniform_in_ball
 from fastcure.attacks._replay import REPLAYED
 from fastcure.objectives.base import Objective, ObjectiveOutput, Positive
+from fastcure.objectives.standard import mean_loss
 
 
 class Attacked(Objective):
@@ -86,11 +86,7 @@ class AdversarialTraining(Attacked):
 
     def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> ObjectiveOutput:
         """Evaluate the loss, and the logits, at the attacked images; see `Objective.forward`."""
-        adv = self.attacked(x, y, self.loss_fn)
-        with self.passes():
-            logits, losses = ModelWithLoss(self.model, self.loss_fn)(adv, y)
-        loss = losses.mean()
-        return ObjectiveOutput(loss, loss, torch.zeros((), device=x.device), logits.detach())
+        return mean_loss(self, self.attacked(x, y, self.loss_fn), y)
 
 
 class FGSM(AdversarialTraining):

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from fastcure._batch import Options, check_arguments, evaluate_batch, plan
 from fastcure._defaults import BATCH_STATS, GAMMA, BatchStats, H
 from fastcure._functional import LossFn, cross_entropy
-from fastcure._validation import check_fraction
 from fastcure.engines import LossAt
 from fastcure.objectives.base import Objective, ObjectiveOutput, Positive
 
@@ -90,7 +89,8 @@ class CURE(Objective):
 
     @fraction.setter
     def fraction(self, value: float) -> None:
-        check_fraction(value)
+        if not 0 < value <= 1:
+            raise ValueError(f"fraction must be in (0, 1], 1 for a penalty on every sample, got {value}")
         self._fraction = float(value)
 
     @property

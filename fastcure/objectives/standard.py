@@ -32,10 +32,15 @@ class Standard(Objective):
 
     def forward(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> ObjectiveOutput:
         """Evaluate the loss at x; see `Objective.forward`."""
-        with self.passes():
-            logits, losses = ModelWithLoss(self.model, self.loss_fn)(x, y)
-        loss = losses.mean()
-        return ObjectiveOutput(loss, loss, torch.zeros((), device=x.device), logits.detach())
+        return mean_loss(self, x, y)
+
+
+def mean_loss(objective: Objective, x: Tensor, y: Tensor) -> ObjectiveOutput:
+    """Evaluate the mean of an objective's loss at `x` `(B, ...)`, without a penalty."""
+    with objective.passes():
+        logits, losses = ModelWithLoss(objective.model, objective.loss_fn)(x, y)
+    loss = losses.mean()
+    return ObjectiveOutput(loss, loss, torch.zeros((), device=x.device), logits.detach())
 
 
 class SmoothedCrossEntropy(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcure._functional import evaluation_mode, find_logits
 from fastcure.analysis import (
     LossSurface,
     accuracy_curve,
@@ -22,7 +21,7 @@ from fastcure.analysis import (
 from fastcure.attacks import deepfool, pgd
 from fastcure.attacks._arguments import Norm
 from fastcure.data import stratified
-from fastcure.evaluation.accuracy import accuracy
+from fastcure.evaluation.accuracy import accuracy, correct
 from fastcure.evaluation.checklist import Item, masking_checklist
 from fastcure.evaluation.interval import wilson
 
@@ -110,8 +109,7 @@ def bounds(subjects: list[Subject], images: Images, bar: Bar) -> list[Row]:
     """Theorem 1's bounds for the margin beside the L2 perturbations that DeepFool and PGD find, image by image."""
     rows = []
     for name, model in subjects:
-        with torch.no_grad(), evaluation_mode(model):
-            right = find_logits(model(images.x)).argmax(1) == images.y
+        right = correct(model, *images)
         x, y = Images(images.x[right], images.y[right]).sample(BOUND_IMAGES)
         if not len(x):
             continue
@@ -136,8 +134,7 @@ def _least_radius(model: nn.Module, x: Tensor, y: Tensor, progress: Callable[[It
     for _ in progress(range(10)):
         eps = (low + high) / 2 if bool(found.isfinite().any()) else high
         adv = pgd(model, x, y, eps=eps, steps=20, norm="l2", random_start=False)
-        with torch.no_grad(), evaluation_mode(model):
-            wrong = find_logits(model(adv)).argmax(1) != y
+        wrong = ~correct(model, adv, y)
         length = (adv - x).flatten(1).norm(dim=1)
         found = torch.where(wrong, torch.minimum(found, length), found)
         high, low = torch.where(wrong, length, high), torch.where(wrong, low, eps)
@@ -151,8 +148,7 @@ def surfaces(subjects: list[Subject], images: Images, seed: int) -> list[tuple[s
     """
     right = torch.ones_like(images.y, dtype=torch.bool)
     for _, model in subjects:
-        with torch.no_grad(), evaluation_mode(model):
-            right &= find_logits(model(images.x)).argmax(1) == images.y
+        right &= correct(model, *images)
     if not right.any():
         return []
     i = int(right.nonzero()[0])

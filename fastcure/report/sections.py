@@ -114,12 +114,12 @@ def radius_section(accuracies: list[Row], images: int, files: Files) -> Section:
         "radius 0 is clean accuracy."
     )
     body = drawn(files, "figure4_accuracy", accuracies, figures.draw_accuracies, caption)
-    radii = dict.fromkeys(row["eps"] for row in accuracies if row["norm"] == "l2")
-    if radii:
-        heads = ["network", "images", *(f"PGD-10, L2 eps {eps:.4g}" for eps in radii)]
+    of_l2 = [row for row in accuracies if row["norm"] == "l2"]
+    if of_l2:
+        heads = ["network", "images", *(f"PGD-10, L2 eps {eps:.4g}" for eps in dict.fromkeys(r["eps"] for r in of_l2))]
         rows = [
-            [name, f"{images:,}", *(with_interval(r["accuracy"], images) for r in accuracies if _is_l2(r, name))]
-            for name in dict.fromkeys(row["model"] for row in accuracies)
+            [name, f"{images:,}", *(with_interval(r["accuracy"], images) for r in of_l2 if r["model"] == name)]
+            for name in dict.fromkeys(row["model"] for row in of_l2)
         ]
         body += table(heads, rows)
     return Section("Figure 4: accuracy against eps", body)
@@ -181,7 +181,3 @@ def _surface_rows(planes: list[tuple[str, Any]]) -> list[Row]:
         for a, line in zip(plane.a, plane.values[0], strict=True)
         for b, value in zip(plane.b, line, strict=True)
     ]
-
-
-def _is_l2(row: Row, name: str) -> bool:
-    return bool(row["norm"] == "l2" and row["model"] == name)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from fastcure.data.folder import TEST_FRACTION
-from fastcure.evaluation.settings import AUTOATTACK_IMAGES, EPS_L2, Measurement, check_radii, check_step
+from fastcure.evaluation.settings import AUTOATTACK_IMAGES, EPS_L2, Measurement, check_step
 from fastcure.models import MODELS
-from fastcure.training.settings import Settings, read_settings, setting
+from fastcure.training.settings import Settings, check_radii, read_settings, setting
 
 FIGURES = ("figure1_profile", "figure2_surface", "figure3_evolution", "figure4_accuracy", "theorem1_bounds")
 NAMES = {

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fastcure._torch_compat import math_attention
-from fastcure.rules.passes import refuse_batched, save, saved
+from fastcure.rules.arithmetic import wide
+from fastcure.rules.passes import differentiated, refuse_batched, save, saved
 
 LONG = 256
 """The rule applies from this many queries and keys on."""
@@ -78,7 +79,7 @@ class _Attention(torch.autograd.Function):
         save(ctx, q, k, v, mask)
         ctx.options = causal, scale
         with torch.autocast(q.device.type, enabled=False):
-            return torch.cat([p @ _wide(v) for _, p in _probabilities(q, k, mask, causal, scale)], -2).to(q.dtype)
+            return torch.cat([p @ wide(v) for _, p in _probabilities(q, k, mask, causal, scale)], -2).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -111,9 +112,7 @@ class _InputGradient(torch.autograd.Function):
             whole = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
             out = math_attention(*inputs[1:], whole, 0.0, causal, scale=scale)[0]
             first = torch.autograd.grad(out, inputs[1:], inputs[0], create_graph=True)
-            wanted = [t for t, want in zip(inputs, ctx.needs_input_grad[:4], strict=True) if want]
-            found = iter(torch.autograd.grad(first, wanted, (a, b, c), create_graph=True))
-            return *(next(found) if want else None for want in ctx.needs_input_grad[:4]), None, None, None
+            return *differentiated(first, inputs, ctx.needs_input_grad, (a, b, c)), None, None, None
         return *_double_backward((a, b, c), g, q, k, v, mask, causal, scale), None, None, None
 
 
@@ -121,7 +120,7 @@ def _input_gradient(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        wide_q, wide_k, wide_v, wide_g = (_wide(t) for t in (q, k, v, g))
+        wide_q, wide_k, wide_v, wide_g = (wide(t) for t in (q, k, v, g))
         to_q, to_k, to_v = (torch.zeros_like(t) for t in (wide_q, wide_k, wide_v))
         for rows, p in _probabilities(q, k, mask, causal, scale):
             g_rows = wide_g[:, rows]
@@ -143,7 +142,7 @@ def _double_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     with torch.autocast(q.device.type, enabled=False):
-        wide_g, wide_q, wide_k, wide_v, a, b, c = (_wide(t) for t in (g, q, k, v, *arriving))
+        wide_g, wide_q, wide_k, wide_v, a, b, c = (wide(t) for t in (g, q, k, v, *arriving))
         to_g, to_q, to_k, to_v = (torch.zeros_like(t) for t in (wide_g, wide_q, wide_k, wide_v))
         for rows, p in _probabilities(q, k, mask, causal, scale):
             g_rows, q_rows, a_rows = wide_g[:, rows], wide_q[:, rows], a[:, rows]
@@ -162,7 +161,7 @@ def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of queries with their probabilities `(B, rows, S)`; zeros for a query that is masked wholly."""
-    q, keys = _wide(q) * scale, _wide(k).mT
+    q, keys = wide(q) * scale, wide(k).mT
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, min(start + ROWS, q.shape[1]))
         scores = q[:, rows] @ keys
@@ -180,7 +179,3 @@ def _probabilities(
 def _centred(t: Tensor, p: Tensor) -> Tensor:
     """Subtract from each row of `t` its mean under `p`, in place."""
     return t.sub_((t * p).sum(-1, keepdim=True))
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -21,8 +21,9 @@ from fastcure_kernels import batch_norm as passes
 from torch import Tensor
 
 from fastcure._torch_compat import backward_id, engine_will_execute
+from fastcure.rules.arithmetic import all_but_channels, as_channels, normalised
 from fastcure.rules.gate import gate
-from fastcure.rules.passes import refuse_batched, save, saved, wanted
+from fastcure.rules.passes import differentiated, refuse_batched, save, saved, wanted
 from fastcure.rules.pending_norm import PendingNorm, Seen, Sum
 
 
@@ -43,13 +44,18 @@ def batch_norm(
     if x.dim() < 2 or not x.numel() or any(t.dtype != wide or t.shape != x.shape[1:2] for t in given):
         return NotImplemented
     if training:
-        return _by_the_batch(x, weight, bias, None if mean is None or var is None else (mean, var), momentum, eps)
+        running = None if mean is None or var is None else (mean, var)
+        with torch.no_grad():
+            norm, y = passes.measure(x, weight, bias, running, momentum, eps)
+            y = PendingNorm.of(Sum(norm, x, weight, bias, eps).plus(None)) if y is None else y
+        out: Tensor = _BatchNorm.apply(x, weight, bias, None, None, _Made(y, norm, eps))[0]
+        return out
     if mean is None or var is None:
         return NotImplemented
     # A copy: a later forward in training mode changes running statistics in place, without telling autograd.
     s = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     t = -s * mean.clone() if bias is None else bias - s * mean.clone()
-    return torch.addcmul(_as_channels(t, x), x, _as_channels(s, x)).to(x.dtype)
+    return torch.addcmul(as_channels(t, x), x, as_channels(s, x)).to(x.dtype)
 
 
 RULES = {"batch_norm": batch_norm}
@@ -66,32 +72,12 @@ def relu_of(pending: PendingNorm, in_place: bool) -> Tensor:
     total = pending.waiting()
     if total is None:
         return NotImplemented
-    y = total.finish(relu=True)
+    y, norm = total.finish(relu=True)
     if in_place:
         pending.seen.overwritten()
-    norm = total.norm.after(y, total.residual is not None, relu=True)
     made = _Made(y, norm, total.eps, total.seen)
     z: Tensor = _BatchNorm.apply(total.x, total.weight, total.bias, total.residual, pending, made)[0]
     return pending.becomes(z) if in_place else z
-
-
-def _by_the_batch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    y: Tensor
-    with torch.no_grad():
-        if not passes.runs_as_kernels(x):
-            y, norm = passes.forward(x, weight, bias, running, momentum, eps)
-        else:
-            norm = passes.measure(x, weight, bias, running, momentum, eps)
-            total = Sum(norm, x, weight, bias, eps).plus(None)
-            y = PendingNorm.of(total)
-    return _BatchNorm.apply(x, weight, bias, None, None, _Made(y, norm, eps))[0]
 
 
 class _Made(NamedTuple):
@@ -149,8 +135,9 @@ class _BatchNorm(torch.autograd.Function):
             g_bias: Tensor | None = None
             if any(want[1:3]):
                 w = (g if y is None else gate(g, y)).to(stats.dtype)
-                g_weight = (w * _normalised(x.to(w.dtype), ctx.eps)).sum(_all_but_channels(x)) if want[1] else None
-                g_bias = w.sum(_all_but_channels(x)) if want[2] else None
+                dims = all_but_channels(x)
+                g_weight = (w * normalised(x.to(w.dtype), dims, ctx.eps)).sum(dims) if want[1] else None
+                g_bias = w.sum(dims) if want[2] else None
             return g_x, g_weight, g_bias, g_residual, through, None
         norm = _norm(x, weight, dense, stats, y, ctx.residual)
         found = [passes.last_backward(norm, g if i == 0 else None, *operands) for i, operands in enumerate(left)]
@@ -201,15 +188,15 @@ class _InputGradient(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: g may depend on x, and that is not asked for here. What is gated may be gated again.
             g, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)
-            inputs = [t for t, want in zip((g, x, weight), ctx.needs_input_grad[1:4], strict=True) if want]
             w = g if y is None else gate(g, y)
-            z = _normalised(x.to(stats.dtype), ctx.eps) * (1.0 if weight is None else _as_channels(weight, x))
+            z = normalised(x.to(stats.dtype), all_but_channels(x), ctx.eps)
+            z = z if weight is None else z * as_channels(weight, x)
             (again,) = torch.autograd.grad(z, x, w.to(z.dtype), create_graph=True)
             results, directions = [again], [v]
             if v_residual is not None:
                 results, directions = [again, w], [v, v_residual]
-            found = iter(torch.autograd.grad(results, inputs, directions, create_graph=True))
-            return None, *(next(found) if want else None for want in ctx.needs_input_grad[1:4]), *(None,) * 6
+            found = differentiated(results, [g, x, weight], ctx.needs_input_grad[1:], directions)
+            return None, *found, *(None,) * 6
         u, v_sums = passes.double_backward(_norm(x, weight, dense, stats, y, ctx.residual), v, w, v_residual)
         if engine_will_execute(ctx.next_functions[0][0]):  # the norm's, which runs after all nodes of its gradients
             ctx.left.setdefault(backward_id(), []).append((v, w, v_sums, w_sums))
@@ -219,21 +206,4 @@ class _InputGradient(torch.autograd.Function):
 def _norm(
     x: Tensor, weight: Tensor | None, dense: Tensor | None, stats: Tensor, y: Tensor | None, residual: bool
 ) -> passes.Norm:
-    norm = passes.Norm(x if dense is None else dense, stats, weight)
-    return norm if y is None else norm.after(y, residual, relu=True)
-
-
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    """`xh` in plain operators, differentiable to any order."""
-    dims = _all_but_channels(x)
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
-
-
-def _as_channels(values: Tensor, x: Tensor) -> Tensor:
-    """One value a channel `(C,)`, to combine with `x`."""
-    return values.view(-1, *[1] * (x.dim() - 2))
+    return passes.Norm(x if dense is None else dense, stats, weight, y if residual else None, relu=y is not None)

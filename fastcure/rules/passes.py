@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,23 @@ def _continues_into(node: Any) -> bool:
         return engine_will_execute(node)
     except RuntimeError:  # a leaf for whose gradient torch.autograd.grad was called
         return True
+
+
+def differentiated(
+    results: Sequence[Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], directions: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of `results` under `directions`, differentiable again, in those `inputs` that are needed.
+
+    Args:
+        results: of a formula in plain operators.
+        inputs: what it is made of. Views of a backward's operands: these may depend on one another, which is not asked.
+        needed: `ctx.needs_input_grad`, from that of the first input on.
+        directions: one for each result.
+    """
+    needed = needed[: len(inputs)]
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(results, wanted, directions, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -62,8 +62,8 @@ class Sum(NamedTuple):
         total = self._replace(residual=residual)
         return total._replace(versions=total._versions_now())
 
-    def finish(self, relu: bool = False) -> Tensor:
-        """Compute the sum, or its ReLU, without a history.
+    def finish(self, relu: bool = False) -> tuple[Tensor, passes.Norm]:
+        """Compute the sum, or its ReLU, without a history; with what the backward passes read of it.
 
         Raises:
             RuntimeError: if a term was changed in place in between: what it was is gone.
@@ -142,7 +142,7 @@ class PendingNorm(Tensor):
             if joined is not None:
                 return joined
         if func is aten.clone.default and not kwargs and args[0].plain is None:
-            return args[0].total.finish()
+            return args[0].total.finish()[0]
         written = [arg for arg in written_arguments(func, args, kwargs) if isinstance(arg, PendingNorm)]
         plain = [values(arg) for arg in written]
         args, kwargs = tree_map(_values_of_pending, (args, kwargs))
@@ -165,7 +165,7 @@ def values(x: Tensor) -> Tensor:
         return x
     if x.plain is None:
         assert x.total is not None
-        x.plain = x.total.finish()
+        x.plain = x.total.finish()[0]
     return x.plain
 
 

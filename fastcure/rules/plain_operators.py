@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastcure._torch_compat import hardsigmoid_in_c, hardswish_in_c
+from fastcure.rules.arithmetic import all_but_channels, as_channels, normalised, wide
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
@@ -41,9 +42,7 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """Compute `torch.nn.functional.layer_norm`."""
-    y = _normalised(_wide(input), range(-len(normalized_shape), 0), eps)
-    y = y if weight is None else y * weight
-    return _as_torch(input, y if bias is None else y + bias)
+    return _affine(input, normalised(wide(input), range(-len(normalized_shape), 0), eps), weight, bias)
 
 
 def batch_norm(
@@ -57,17 +56,16 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Compute `torch.nn.functional.batch_norm`; running statistics change as there."""
-    x, shape = _wide(input), (-1, *[1] * (input.dim() - 2))
+    x = wide(input)
     if training:
         with torch.no_grad():
             F.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
-        y = _normalised(x, [dim for dim in range(input.dim()) if dim != 1], eps)
+        y = normalised(x, all_but_channels(x), eps)
     else:
         assert running_mean is not None
         assert running_var is not None
-        y = (x - running_mean.reshape(shape)) * torch.rsqrt(running_var + eps).reshape(shape)
-    y = y if weight is None else y * weight.reshape(shape)
-    return _as_torch(input, y if bias is None else y + bias.reshape(shape))
+        y = (x - as_channels(running_mean, x)) * as_channels(torch.rsqrt(running_var + eps), x)
+    return _affine(input, y, *(None if t is None else as_channels(t, x) for t in (weight, bias)))
 
 
 def instance_norm(
@@ -85,9 +83,8 @@ def instance_norm(
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     with torch.no_grad():
         F.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
-    y, shape = _normalised(_wide(input), range(2, input.dim()), eps), (-1, *[1] * (input.dim() - 2))
-    y = y if weight is None else y * weight.reshape(shape)
-    return _as_torch(input, y if bias is None else y + bias.reshape(shape))
+    y = normalised(wide(input), range(2, input.dim()), eps)
+    return _affine(input, y, *(None if t is None else as_channels(t, y) for t in (weight, bias)))
 
 
 RULES: dict[Any, Callable[..., Tensor]] = {
@@ -109,15 +106,8 @@ class PlainOperators(TorchFunctionMode):
         return RULES.get(func, func)(*args, **(kwargs or {}))
 
 
-def _normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
-    centred = x - x.mean([*dims], keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean([*dims], keepdim=True) + eps)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _as_torch(x: Tensor, y: Tensor) -> Tensor:
-    """Return `y` in the dtype of torch's norm of `x`: autocast keeps norms in float32."""
+def _affine(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return `y weight + bias` in the dtype of torch's norm of `x`: autocast keeps norms in float32."""
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

@@ -23,7 +23,8 @@ from fastcure_kernels import row_norm
 from fastcure_kernels.backend import use_triton
 from torch import Tensor
 
-from fastcure.rules.passes import refuse_batched, save, saved
+from fastcure.rules.arithmetic import as_channels, normalised, wide
+from fastcure.rules.passes import differentiated, refuse_batched, save, saved
 
 
 def layer_norm(
@@ -32,7 +33,7 @@ def layer_norm(
     """Normalise over the last dimensions, those of `shape`; differentiable to any order in x, weight and bias."""
     if not x.numel():
         return NotImplemented
-    xh, m, r = _Standardise.apply(_wide(x).reshape(-1, math.prod(shape)), eps)
+    xh, m, r = _Standardise.apply(wide(x).reshape(-1, math.prod(shape)), eps)
     statistics = [*x.shape[: x.dim() - len(shape)], *[1] * len(shape)]
     return _affine(xh.view(x.shape), weight, bias).to(x.dtype), m.view(statistics), r.view(statistics)
 
@@ -43,22 +44,18 @@ def group_norm(
     """Normalise `x` `(n, c, ...)`, `hw` pixels each, over groups of channels."""
     if not x.numel():
         return NotImplemented
-    xh, m, r = _Standardise.apply(_wide(x).reshape(n * groups, -1), eps)
-    channels = [None if t is None else t.view(-1, *[1] * (x.dim() - 2)) for t in (weight, bias)]
+    xh, m, r = _Standardise.apply(wide(x).reshape(n * groups, -1), eps)
+    channels = [None if t is None else as_channels(t, x) for t in (weight, bias)]
     return _affine(xh.view(x.shape), *channels).to(x.dtype), m.view(n, groups), r.view(n, groups)
 
 
 RULES = {"native_layer_norm": layer_norm, "native_group_norm": group_norm}
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _affine(xh: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is None:
         return xh if bias is None else xh + bias
-    return xh * weight if bias is None else torch.addcmul(_wide(bias), xh, _wide(weight))
+    return xh * weight if bias is None else torch.addcmul(wide(bias), xh, wide(weight))
 
 
 class _Standardise(torch.autograd.Function):
@@ -99,12 +96,8 @@ class _InputGradient(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: w may depend on x, and that is not asked for here.
             w, x = w.view_as(w), x.view_as(x)
-            inputs = [t for t, want in zip((w, x), ctx.needs_input_grad[:2], strict=True) if want]
-            centred = x - x.mean(1, keepdim=True)
-            xh = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + ctx.eps)
-            (again,) = torch.autograd.grad(xh, x, w, create_graph=True)
-            found = iter(torch.autograd.grad(again, inputs, v, create_graph=True))
-            return *(next(found) if want else None for want in ctx.needs_input_grad[:2]), None, None, None
+            (again,) = torch.autograd.grad(normalised(x, [1], ctx.eps), x, w, create_graph=True)
+            return *differentiated([again], [w, x], ctx.needs_input_grad, [v]), None, None, None
         if not ctx.needs_input_grad[1]:
             return _map(v, x, m, r), None, None, None, None
         if ctx.kernel:

@@ -65,7 +65,7 @@ def finetune(settings: Settings, say: Callable[[str], object] = print, *, resume
                 f"out must be a folder of its own, got {settings.out}, which another run uses: wait for it, or choose "
                 "another"
             )
-        return _finetune(settings, say if ranks.is_main_process else silent, resume, ranks, interruption)
+        return _finetune(settings, ranks.voice(say), resume, ranks, interruption)
 
 
 def _finetune(
@@ -162,10 +162,6 @@ def _finetune(
         say(f"warning: {warning}")
     say(f"results in {folder.path}")
     return metrics
-
-
-def silent(_: str) -> None:
-    """Take the lines of the processes that do not print."""
 
 
 def make_model(settings: Settings, data: Dataset, log: Callable[[str], object] | None = None) -> nn.Module:

@@ -10,14 +10,6 @@ from torch import Tensor, nn
 Parameters = Iterable[nn.Parameter]
 
 
-def _adam(parameters: Parameters, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, weight_decay=weight_decay, fused=True)
-
-
-def _adamw(parameters: Parameters, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
-
-
 def _sgd(parameters: Parameters, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum.
 
@@ -34,8 +26,8 @@ def _sgd(parameters: Parameters, momentum: float, weight_decay: float) -> torch.
 
 
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], torch.optim.Optimizer]] = {
-    "adam": _adam,
-    "adamw": _adamw,
+    "adam": lambda parameters, _, decay: torch.optim.Adam(parameters, weight_decay=decay, fused=True),
+    "adamw": lambda parameters, _, decay: torch.optim.AdamW(parameters, weight_decay=decay, fused=True),
     "sgd": _sgd,
 }
 """Each takes parameters, momentum and weight decay; fused, so that a step is left out without asking the device."""

@@ -39,7 +39,7 @@ class Share(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """This process among the others. Every method but `share` and `counted` is to be called by all of them."""
+    """This process among the others. Every method but `voice` and `counted` is to be called by all of them."""
 
     device: torch.device
     rank: int = 0
@@ -53,14 +53,9 @@ class Ranks(NamedTuple):
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def share(self, x: Tensor, y: Tensor) -> Share:
-        """Return every `size`-th image of a batch, beginning with the `rank`-th; the first, uncounted, if none is.
-
-        The batch is all that is trained on, as it is.
-        """
-        mine = slice(self.rank, None, self.size) if len(x) > self.rank else slice(1)
-        places = torch.arange(len(x), device=x.device)[mine]
-        return self.counted(Batch(x[mine], y[mine], places, Transform()), len(x))
+    def voice(self, say: Callable[[str], object]) -> Callable[[str], object]:
+        """Return what takes the lines of a report: `say` in the main process, nothing in the others."""
+        return say if self.is_main_process else lambda _: None
 
     def counted(self, batch: Batch, whole: int) -> Share:
         """Return images of this process as its share of a batch of `whole` images."""

@@ -302,16 +302,14 @@ class Run:
 
     def _end_epoch(self, row: dict[str, Any], title: str) -> None:
         progress, eps = self.progress, self.settings.eps[-1]
-        clean, robust = (self._accuracy(self.model, *self.held, radius) for radius in (None, eps))
-        averaged: dict[str, float | None] = {}
+        models: dict[str, nn.Module | None] = {"": self.model}
         if self.settings.ema is not None:
-            averaged = {"ema_clean": None, "ema_pgd": None}
-            if self.average is not None:
-                found = (self._accuracy(self.average.model, *self.held, radius) for radius in (None, eps))
-                averaged = dict(zip(averaged, found, strict=True))
+            models["ema_"] = None if self.average is None else self.average.model
+        for prefix, model in models.items():
+            for name, radius in (("clean", None), ("pgd", eps)):
+                row[prefix + name] = None if model is None else self._accuracy(model, *self.held, radius)
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.tally.clear()
-        row |= {"clean": clean, "pgd": robust, **averaged}
         progress.history.append(row)
         progress.track = self._tracked()
         self.eta.made(self.passes.finetune if progress.phase == "finetune" else self.passes.pretrain)

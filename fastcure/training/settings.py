@@ -69,6 +69,14 @@ def check_model(model: str | None, model_arg: Sequence[str], numbers: Mapping[st
         raise ValueError(f"mean and std must be given together, got {given}")
 
 
+def check_radii(eps: Sequence[float], eps_l2: Sequence[float] = ()) -> None:
+    """Check radii, of L-infinity and of L2."""
+    if not eps or not all(0 < each <= 1 for each in eps):
+        raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(eps)}")
+    if not all(0 < each <= MAX_H for each in eps_l2):
+        raise ValueError(f"eps_l2 must be L2 lengths in (0, {MAX_H:g}], such as 0.5, got {list(eps_l2)}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that determines a run. Numbers that may change during it are schedules, see `fastcure.schedule`.
@@ -174,8 +182,7 @@ class Settings:
         check_objective(self)
         if "engine" in settings_of(self.objective):
             engine_called(self.engine, training_norms=self.batch_stats == "train")
-        if not self.eps or not all(0 < eps <= 1 for eps in self.eps):
-            raise ValueError(f"eps must be radii in (0, 1], such as 8/255, got {list(self.eps)}")
+        check_radii(self.eps)
         for name, high in (("h", MAX_H), ("train_eps", 1.0)):
             numbers = [value for segment in self.schedule(name).segments for value in (segment.start, segment.stop)]
             if name == "h" and min(numbers) <= 0:

@@ -123,51 +123,10 @@ class Norm(NamedTuple):
     """The output, where a residual was added and a ReLU taken."""
     relu: bool = False
 
-    def after(self, y: Tensor, residual: bool, relu: bool) -> Norm:
-        """The same of the output `y`, to which a residual was added and of which a ReLU was taken, or not."""
-        return self._replace(y=y if relu and residual else None, relu=relu)
-
     @property
     def gate(self) -> int:
         """How the mask is found."""
         return GATE_NONE if not self.relu else GATE_OWN if self.y is None else GATE_OUTPUT
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> tuple[Tensor, Norm]:
-    """Normalise `x` (B, C, ...), more than one value a channel, by its own statistics, add, and take the ReLU.
-
-    Args:
-        x: in float16, bfloat16, float32 or float64.
-        weight: (C,) in the dtype of the arithmetic, that is float64 for float64, else float32; None for ones.
-        bias: the same, or None for zeros.
-        running: mean and variance, which are moved by `momentum`.
-        momentum: the share of the new statistics.
-        eps: is added to the variance.
-        residual: is added to the norm, of the shape and dtype of `x`.
-        relu: take max(z, 0).
-    """
-    if runs_as_kernels(x):
-        norm = measure(x, weight, bias, running, momentum, eps)
-        y = finish(norm, residual, relu)
-        return y, norm.after(y, residual is not None, relu)
-    x = Layout.of(x).lay(x)
-    mean, var = running or (None, None)
-    y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-    stats = torch.stack([m, r, r if weight is None else r * weight, torch.zeros_like(m) if bias is None else bias])
-    norm = Norm(x, stats, weight)
-    if residual is not None:  # rounded once
-        y = (_standard(x, stats) + residual).to(x.dtype)
-    y = torch.relu_(y) if relu else y
-    return y, norm.after(y, residual is not None, relu)
 
 
 def measure(
@@ -177,17 +136,39 @@ def measure(
     running: tuple[Tensor, Tensor] | None,
     momentum: float,
     eps: float,
-) -> Norm:
-    """The first half of `forward` as kernels: statistics, of which `finish` makes the output."""
+) -> tuple[Norm, Tensor | None]:
+    """Take the statistics of `x` (B, C, ...), which has more than one value a channel.
+
+    Args:
+        x: in float16, bfloat16, float32 or float64.
+        weight: (C,) in the dtype of the arithmetic, that is float64 for float64, else float32; None for ones.
+        bias: the same, or None for zeros.
+        running: mean and variance, which are moved by `momentum`.
+        momentum: the share of the new statistics.
+        eps: is added to the variance.
+
+    Returns:
+        What `finish` makes the output of; and the output itself, where no kernels run: torch makes both at once.
+    """
     x = Layout.of(x).lay(x)
-    return Norm(x, statistics(x, weight, bias, running, momentum, eps), weight)
+    if runs_as_kernels(x):
+        return Norm(x, statistics(x, weight, bias, running, momentum, eps), weight), None
+    mean, var = running or (None, None)
+    y, m, r = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+    stats = torch.stack([m, r, r if weight is None else r * weight, torch.zeros_like(m) if bias is None else bias])
+    return Norm(x, stats, weight), y
 
 
-def finish(norm: Norm, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-    """The second half: y."""
-    residual = None if residual is None else Layout.of(norm.x).lay(residual)
-    gate = RELU if relu else GATE_NONE
-    return _combine(norm.x, norm.stats, norm.stats, residual=residual, gate_out=gate)
+def finish(norm: Norm, residual: Tensor | None = None, relu: bool = False) -> tuple[Tensor, Norm]:
+    """Normalise, add the residual, of the shape and dtype of x, and take the ReLU: y, and what is read of it."""
+    if runs_as_kernels(norm.x):
+        added = None if residual is None else Layout.of(norm.x).lay(residual)
+        y = _combine(norm.x, norm.stats, norm.stats, residual=added, gate_out=RELU if relu else GATE_NONE)
+    else:
+        z = _standard(norm.x, norm.stats)
+        y = (z if residual is None else z + residual).to(norm.x.dtype)  # rounded once
+        y = torch.relu_(y) if relu else y
+    return y, norm._replace(y=y if relu and residual is not None else None, relu=relu)
 
 
 def backward(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from fastcure_kernels import batch_norm as passes
-from fastcure_kernels.channel_sums import PROGRAMS, Layout
+from fastcure_kernels.channel_sums import PROGRAMS, Layout, _divide
 from torch import Tensor
 from torch.autograd import grad
 
@@ -45,10 +45,15 @@ def operands(shape, dtype=torch.float32, device="cpu", after="nothing", mean=0.5
     return Operands(x, w.to(device, wide), b.to(device, wide), rest[0], rest[1], rest[2], rest[3], rest[4])
 
 
+def forward(x, weight=None, bias=None, running=None, momentum=0.1, residual=None, relu=False):
+    norm, y = passes.measure(x, weight, bias, running, momentum, EPS)
+    return (y, norm) if y is not None and residual is None and not relu else passes.finish(norm, residual, relu)
+
+
 def ours(o, relu, lay=lambda t: t):
     """All values and derivatives, by the passes."""
     o = Operands(*(t if t is None or t.dim() < 2 else lay(t) for t in o))
-    y, norm = passes.forward(o.x, o.weight, o.bias, None, 0.1, EPS, o.residual, relu)
+    y, norm = forward(o.x, o.weight, o.bias, residual=o.residual, relu=relu)
     q, w_sums, w = passes.backward(norm, o.g)
     u, v_sums = passes.double_backward(norm, o.v, w, o.v_residual)
     g_x, sums, w2 = passes.last_backward(norm, o.g2, o.v, w, v_sums, w_sums)
@@ -123,7 +128,7 @@ def test_a_mean_far_from_zero_costs_no_digits(device, close):
     # Multiples of 1/8 around 2^15, of which all sums of squares without a shift lose everything.
     torch.manual_seed(0)
     x = (torch.randint(-16, 17, (8, 3, 16, 16)) / 8 + 2.0**15).to(device)
-    y, norm = passes.forward(x, None, None, None, 0.1, EPS)
+    y, norm = forward(x)
     wide = x.double().cpu()
     m = wide.mean((0, 2, 3), keepdim=True)
     close(y, (wide - m) / (wide.var((0, 2, 3), unbiased=False, keepdim=True) + EPS).sqrt(), 2e4)  # of m's own rounding
@@ -140,7 +145,7 @@ def test_running_statistics(device, close, momentum, dtype):
     wide = o.x.double().cpu()
     expected = [mean.cpu().double().lerp(wide.mean((0, 2, 3)), momentum)]
     expected += [var.cpu().double().lerp(wide.var((0, 2, 3)), momentum)]
-    passes.forward(o.x, None, o.bias, (mean, var), momentum, EPS)
+    forward(o.x, None, o.bias, (mean, var), momentum)
     close(mean, expected[0], 4.0)
     close(var, expected[1], 4.0)
 
@@ -152,14 +157,14 @@ def test_a_channel_with_nan_is_nan_alone(device):
         channels = value if value.dim() == 1 else value.movedim(1, 0).flatten(1)
         assert not channels[0].isnan().any()
         assert not channels[2].isnan().any()
-    y, _ = passes.forward(o.x, o.weight, o.bias, None, 0.1, EPS, None, True)
+    y, _ = forward(o.x, o.weight, o.bias, relu=True)
     assert y[:, 1].isnan().all()
 
 
 def test_without_a_gradient_at_the_output(device, close):
     o = operands((3, 4, 2, 5), torch.float64, device)
     zero = o._replace(g2=torch.zeros_like(o.g2))
-    _, norm = passes.forward(o.x, o.weight, o.bias, None, 0.1, EPS)
+    _, norm = forward(o.x, o.weight, o.bias)
     _, w_sums, w = passes.backward(norm, o.g)
     _, v_sums = passes.double_backward(norm, o.v, w)
     g_x, sums, w2 = passes.last_backward(norm, None, o.v, w, v_sums, w_sums)
@@ -180,8 +185,6 @@ def test_reductions_are_divided_into_one_wave():
     for shape in ((128, 64, 32, 32), (128, 512, 4, 4), (2, 3), (4096, 2048, 7, 7)):
         x = torch.empty(shape, device="meta")
         for layout in (Layout.of(x), Layout.of(x)._replace(last=False)):
-            from fastcure_kernels.channel_sums import _divide
-
             programs, rows, options = _divide(layout, wide=False)
             assert (programs - 1) * rows < layout.M <= programs * rows
             assert programs * -(-layout.C // options["CHANNELS"]) <= max(PROGRAMS, -(-layout.C // options["CHANNELS"]))

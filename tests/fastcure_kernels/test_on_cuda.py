@@ -19,7 +19,7 @@ def every_operator(x, parameter):
     adv = fk.l2_step(adv, grad, x, parameter, parameter)
     adv = fk.bias_relu(adv, adv[0, :, 0, 0], x)
     running = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
-    adv, norm = batch_norm.forward(adv, None, None, running, 0.1, 1e-5, relu=True)
+    adv, norm = batch_norm.finish(batch_norm.measure(adv, None, None, running, 0.1, 1e-5)[0], relu=True)
     q, w_sums, w = batch_norm.backward(norm, x)
     u, v_sums = batch_norm.double_backward(norm, q, w)
     adv = batch_norm.last_backward(norm, u, q, w, v_sums, w_sums)[0]
