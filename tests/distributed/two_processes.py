@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from networks import NETWORKS, Case, make, relative
 from prepared import count, relu, style
-from small_runs import SMALL
+from small_runs import SMALL, share_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -183,7 +183,8 @@ def own_loop(rank: int, store: str) -> dict[str, Any]:
         schedules["lr"] = schedule("0", 1, "lr")
         tally, ranks = Tally(torch.device("cpu")), Ranks(torch.device("cpu"), rank, 2)
         with reductions() as reduced:
-            list(train_steps(CURE(model), [(0, 0.0, ranks.share(few.x, few.y))], optimizer, schedules, tally, ranks))
+            work = [(0, 0.0, share_of(ranks, few.x, few.y))]
+            list(train_steps(CURE(model), work, optimizer, schedules, tally, ranks))
         found["reduced"] = reduced
         found["parameters"] = sum(p.numel() for p in model.parameters())
         found[f"finetune on {rows}"] = relative(gradient(model), truth(few, h=1.0, gamma=1.0))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from networks import Case
 from torch import Tensor, nn
 
@@ -30,6 +31,16 @@ class Odd(nn.Module):
     def stored(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         self.kept = change(self.conv(x))
         return self.bn(self.kept)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
 
 
 def pair(m: Odd, x: Tensor) -> Tensor:

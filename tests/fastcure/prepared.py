@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from networks import Case
+from networks import Case, relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -292,6 +292,18 @@ def check_exact(case: Case, tolerance: float = 1e-10, **options: Any) -> None:
         for value, truth in zip(ours, truths, strict=True):
             # What is zero but for rounding (a bias under a norm that uses the batch) is compared with the others.
             assert float((value - truth).norm()) <= tolerance * max(float(truth.norm()), 1e-4 * scale)
+
+
+def check_under_autocast(act: Activation) -> None:
+    case = style("torchvision-resnet18", act).copy(torch.float32)
+    z = F.normalize(torch.randn_like(case.x).flatten(1)).view_as(case.x)
+    truth = gradients(case, False, direction=z)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gradients(case, False, direction=z)
+        ours = gradients(case, True, direction=z)
+    assert [t.dtype for t in ours] == [t.dtype for t in plain]
+    assert relative(ours[1], truth[1]) < 0.02
+    assert relative(ours[3:], truth[3:]) < 2 * relative(plain[3:], truth[3:])  # no worse than unprepared
 
 
 def count(model: nn.Module) -> int:

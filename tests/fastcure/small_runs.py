@@ -1,14 +1,23 @@
 """A run of `fastcure finetune` that is small enough to be repeated many times."""
 
+import csv
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+from torch import Tensor
 
+import fastcure.training.run as run_module
+from fastcure._augmentation import Transform
 from fastcure.cli import main
+from fastcure.data import Batch
 from fastcure.models import resnet8
+from fastcure.training.ranks import Ranks, Share
+from fastcure.training.run import Run
 from fastcure.training.run_folder import RunFolder
 from fastcure.training.settings import make_settings
 
@@ -63,3 +72,42 @@ def check_equal(out: Path, whole: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, *averaged])
     for name in (*COMPARED, *averaged):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def history(out: Path) -> list[dict[str, str]]:
+    with (out / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def share_of(ranks: Ranks, x: Tensor, y: Tensor) -> Share:
+    """What a process has of a batch: every `size`-th image, or one that does not count."""
+    mine = slice(ranks.rank, None, ranks.size) if len(x) > ranks.rank else slice(1)
+    return ranks.counted(Batch(x[mine], y[mine], torch.arange(len(x))[mine], Transform()), len(x))
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.path,))
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+def kill_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Save after every step, and die in the one after `steps` of them, before it is saved."""
+    pause, taken = Run._pause, []
+
+    def killing(run: Run) -> None:
+        taken.append(1)
+        if len(taken) > steps:
+            raise Killed
+        pause(run)
+
+    patch.setattr(run_module, "SAVE_EVERY", -1.0)
+    patch.setattr(Run, "_pause", killing)

@@ -141,4 +141,4 @@ def test_without_the_package_the_error_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "AutoAttack needs the package pyautoattack: pip install pyautoattack" in done.stderr
+    assert "the package pyautoattack is needed by autoattack: pip install pyautoattack" in done.stderr

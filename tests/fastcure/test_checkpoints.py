@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_runs import Bomb
 from torch import Tensor, nn
 
 from fastcure.models.weights import load_weights
@@ -144,11 +145,9 @@ def test_what_does_not_fit_is_one_short_error(tmp_path: Path, make: Callable[[St
 
 
 def test_a_pickle_within_arguments_is_not_executed(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (Path.touch, (tmp_path / "exploded",))
-
-    torch.save({"model": Net().state_dict(), "args": argparse.Namespace(a=Bomb())}, tmp_path / "a.pt")
+    torch.save(
+        {"model": Net().state_dict(), "args": argparse.Namespace(a=Bomb(tmp_path / "exploded"))}, tmp_path / "a.pt"
+    )
     with pytest.raises(ValueError, match=r"cannot be read as weights \(it asks for getattr"):
         load_weights(Net(), tmp_path / "a.pt")
     assert not (tmp_path / "exploded").exists()

@@ -1,18 +1,16 @@
 """Batch norms folded in front of the compiled region: exact, whatever stands before them, and only where they may."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from networks import relative, rounding
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastcure import curvature, prepare
 from fastcure._folding.layers import UsedElsewhereError
-from fastcure.engines import ENGINES
 from fastcure.engines._compile_folding import Folding
-from fastcure.engines.compile import Compile
 
 # Of torch's own making, in torch 2.13.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -60,14 +58,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 """With the numbers of batch norms that are folded into a layer, and that become a product and a sum."""
 
 
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    backend = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setitem(ENGINES, "compile", Compile(backend))
-    yield backend
-    torch._dynamo.reset()
-
-
 def gradients(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> list[Tensor]:
     model.zero_grad()
     out = curvature(model, x, y, h=0.7, engine=engine)
@@ -76,7 +66,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> list[Tenso
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_is_exact_and_follows_the_model(counter: CompileCounterWithBackend, name: str) -> None:
+def test_it_is_exact_and_follows_the_model(aot_eager: Any, name: str) -> None:
     make, folds, norms = MODELS[name]
     torch.manual_seed(0)
     model, x, y = make().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
@@ -90,11 +80,11 @@ def test_it_is_exact_and_follows_the_model(counter: CompileCounterWithBackend, n
             for parameter in model.parameters():
                 parameter.mul_(1.1)
         model.train()(x)  # running statistics move
-    assert counter.frame_count == 1
+    assert aot_eager.frame_count == 1
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
-def test_a_layer_keeps_its_dtype_beside_a_wider_norm(counter: CompileCounterWithBackend) -> None:
+def test_a_layer_keeps_its_dtype_beside_a_wider_norm(aot_eager: Any) -> None:
     torch.manual_seed(0)
     model = MODELS["convolution"][0]().bfloat16()
     model[0][1].float()  # type: ignore[index,union-attr]
@@ -106,7 +96,7 @@ def test_a_layer_keeps_its_dtype_beside_a_wider_norm(counter: CompileCounterWith
     assert relative(*found) < rounding(torch.bfloat16, 1, condition=4)
 
 
-def test_a_hook_added_later_takes_the_batch_norm_out(counter: CompileCounterWithBackend) -> None:
+def test_a_hook_added_later_takes_the_batch_norm_out(aot_eager: Any) -> None:
     torch.manual_seed(0)
     model, x, y = MODELS["convolution"][0]().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
     prepare(model, x)
@@ -119,7 +109,7 @@ def test_a_hook_added_later_takes_the_batch_norm_out(counter: CompileCounterWith
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-def test_a_batch_norm_replaced_later_is_seen(counter: CompileCounterWithBackend, prepared: bool) -> None:
+def test_a_batch_norm_replaced_later_is_seen(aot_eager: Any, prepared: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)).double()
     x, y = torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
@@ -132,7 +122,7 @@ def test_a_batch_norm_replaced_later_is_seen(counter: CompileCounterWithBackend,
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_hooks_added_later_are_heeded(counter: CompileCounterWithBackend, layer: int) -> None:
+def test_hooks_added_later_are_heeded(aot_eager: Any, layer: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(16, 3)).double()
     x, y = torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
@@ -158,7 +148,7 @@ class Peeking(nn.Module):
         return self.fc(torch.nn.functional.gelu(x).flatten(1))
 
 
-def test_what_reads_a_batch_norm_elsewhere_is_refused(counter: CompileCounterWithBackend) -> None:
+def test_what_reads_a_batch_norm_elsewhere_is_refused(aot_eager: Any) -> None:
     """Also of an initial one, whose weight is nearly that of its map."""
     torch.manual_seed(0)
     model, x, y = Peeking().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
@@ -166,7 +156,7 @@ def test_what_reads_a_batch_norm_elsewhere_is_refused(counter: CompileCounterWit
         curvature(model, x, y, engine="compile")
 
 
-def test_a_path_that_changes_later_is_refused(counter: CompileCounterWithBackend) -> None:
+def test_a_path_that_changes_later_is_refused(aot_eager: Any) -> None:
     torch.manual_seed(0)
     model, x, y = Peeking(skip=False).double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
     prepare(model, x)
@@ -176,7 +166,7 @@ def test_a_path_that_changes_later_is_refused(counter: CompileCounterWithBackend
         curvature(model, x, y, engine="compile")
 
 
-def test_a_module_under_two_names_is_refused(counter: CompileCounterWithBackend) -> None:
+def test_a_module_under_two_names_is_refused(aot_eager: Any) -> None:
     block = nn.Linear(3, 3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), block, nn.GELU(), block)
     parameters = list(model.parameters())

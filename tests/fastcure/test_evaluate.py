@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from evaluated import Place
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,86 +17,9 @@ from fastcure.attacks import ATTACKS, autoattack, pgd
 from fastcure.cli import main
 from fastcure.data import stratified
 from fastcure.evaluation.accuracy import batches
-from fastcure.models import Normalize, build, resnet8
+from fastcure.models import Normalize, build
 from fastcure.models.loading import load_model
 from fastcure.models.placement import placed
-
-OUTSIDE = """
-from torch import nn
-
-def network():
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3))
-
-class Network(nn.Sequential):
-    def __init__(self):
-        super().__init__(*network())
-
-number = 3
-
-def broken():
-    raise RuntimeError("no such layer")
-
-class Noise(nn.Module):
-    def forward(self, x):
-        return x + 0.1 * x.new_empty(x.shape).normal_()
-
-def noisy():
-    return nn.Sequential(nn.Flatten(), Noise(), nn.Linear(192, 3))
-
-def small():
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
-"""
-EPS = (8 / 255, 0.1)
-
-
-class Place:
-    """A folder with a dataset, a run and a module of networks, and the commands run in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        rng = np.random.default_rng(0)
-        y = rng.integers(0, 3, 70)
-        x = (rng.integers(0, 128, (70, 8, 8, 3)) + 60 * y[:, None, None, None]).astype(np.uint8)
-        np.savez(path / "data.npz", x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
-        self.x = torch.from_numpy(x[40:]).permute(0, 3, 1, 2).float() / 255
-        self.y = torch.from_numpy(y[40:])
-
-        torch.manual_seed(0)
-        self.model, surrogate = self.train(resnet8(num_classes=3)), resnet8(num_classes=3)
-        (path / "run").mkdir()
-        save_file(self.model.state_dict(), path / "run" / "model.safetensors")
-        save_file(surrogate.state_dict(), path / "run" / "original.safetensors")
-        config = {"model": "resnet8", "dataset": "npz:data.npz", "data_dir": "data", "eps": EPS, "gamma": "1"}
-        (path / "run" / "config.json").write_text(json.dumps(config))
-
-        (path / "outside_networks.py").write_text(OUTSIDE)
-        self.outside = self.train(nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 3)))
-        torch.save(self.outside.state_dict(), path / "outside.pt")
-
-    def train(self, model: nn.Module) -> nn.Module:
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(12):
-            optimizer.zero_grad()
-            F.cross_entropy(model(self.x), self.y).backward()
-            optimizer.step()
-        return model.eval()
-
-    def results(self, *flags: str, name: str = "results.json") -> dict:
-        out = self.path / name
-        assert main(["evaluate", *flags, "--out", str(out)]) == 0
-        found = json.loads(out.read_text())
-        out.unlink()
-        return found
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(autouse=True)
-def _inside(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place.path)
 
 
 def right(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -320,91 +242,6 @@ def test_weights_lie_where_they_are_fast_and_compute_the_same() -> None:
         assert torch.allclose(model(x), before, atol=1e-5)
 
 
-OUT = ["--model", "outside_networks:network", "--dataset", "npz:data.npz"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "give --run, or --model and --dataset"),
-        (["--model", "outside_networks:network"], "give --run, or --model and --dataset"),
-        (["--run", "nowhere"], "must be the folder of a finetune run"),
-        (["--run", "damaged"], "config.json cannot be read as JSON (Expecting property name"),
-        (["--run", "older"], "config.json does not hold the settings of a run: it lacks dataset"),
-        (["--run", "run", "--checkpoint", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
-        (["--run", "run", "--surrogate", "nowhere.pt", "--checklist"], "checkpoint nowhere.pt does not exist"),
-        (["--run", "run", "--mean", "0.5", "--std", "0.5"], "resnet8 has its mean and std in the checkpoint"),
-        (["--run", "run", "--eps", "2"], "eps must be radii in (0, 1]"),
-        (["--run", "run", "--steps", "0"], "steps must be >= 1, got 0"),
-        (["--run", "run", "--limit", "0"], "limit must be >= 1, got 0"),
-        (["--run", "run", "--device", "abacus"], "device must be auto, cpu, cuda"),
-        (["--run", "run", "--dataset", "mnist"], "dataset must be one of digits"),
-        (["--model", "resnet8", "--dataset", "npz:data.npz"], "resnet8 has random weights without --checkpoint"),
-        ([*OUT[2:], "--model", "vgg"], "wide_resnet28_10, package.module:function, timm:NAME, got 'vgg'"),
-        ([*OUT[2:], "--model", "outside_networks:"], "package.module:function, timm:NAME, got 'outside_networks:'"),
-        ([*OUT[2:], "--model", "nowhere:network"], "model nowhere:network cannot be made: ModuleNotFoundError"),
-        ([*OUT[2:], "--model", "outside_networks:vgg"], "cannot be made: AttributeError"),
-        ([*OUT[2:], "--model", "outside_networks:broken"], "cannot be made: RuntimeError: no such layer"),
-        ([*OUT[2:], "--model", "outside_networks:number"], "cannot be made: TypeError"),
-        ([*OUT[2:], "--model", "builtins:dict"], "must make a torch.nn.Module, got dict"),
-        ([*OUT[2:], "--model", "outside_networks:small"], "must return logits (B, C) with C >= 3"),
-        ([*OUT, "--checkpoint", "run/model.safetensors"], "does not fit the model"),
-        ([*OUT, "--mean", "0.5"], "mean and std must be given together"),
-        ([*OUT, "--mean", "0.5,0.5", "--std", "0.5"], "mean must have 1 or 3 values"),
-        (["--model", "outside_networks:network", "--dataset", "digits"], "cannot take the images of digits"),
-    ],
-)
-def test_bad_input_is_one_line_status_two_and_nothing_written(
-    place: Place, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    for name, text in (("damaged", "{"), ("older", '{"model": "resnet8"}')):
-        (place.path / name).mkdir(exist_ok=True)
-        (place.path / name / "config.json").write_text(text)
-    assert main(["evaluate", *flags, "--out", "out.json"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastcure: error: ")
-    assert error.count("\n") == 1
-    assert message in error
-    assert not (place.path / "out.json").exists()
-
-
-def test_a_file_that_exists_is_not_overwritten(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    (place.path / "kept.json").write_text("kept")
-    assert main(["evaluate", "--run", "run", "--out", "kept.json"]) == 2
-    assert "kept.json, which exists: choose another" in capsys.readouterr().err
-    assert (place.path / "kept.json").read_text() == "kept"
-    assert main(["evaluate", "--run", "run", "--out", "nowhere/out.json"]) == 2
-    assert "out must be in a folder that exists" in capsys.readouterr().err
-
-
-def test_numbers_that_are_none_are_argparse_s_business(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--mean", "dark"])
-    assert stop.value.code == 2
-    assert "numbers such as 8/255,0.1, got 'dark'" in capsys.readouterr().err
-
-
-def test_a_network_of_nan_is_status_one(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    state = {key: torch.full_like(value, torch.nan) for key, value in place.outside.state_dict().items()}
-    torch.save(state, "nan.pt")
-    assert main(["evaluate", *OUT, "--checkpoint", "nan.pt", "--out", "out.json"]) == 1
-    assert "samples is NaN" in capsys.readouterr().err
-    assert not (place.path / "out.json").exists()
-
-
-def test_without_memory_the_batch_size_is_named(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object, **__: object) -> Tensor:
-        return torch.empty(2**55)
-
-    monkeypatch.setitem(ATTACKS, "pgd", fail)
-    assert main(["evaluate", "--run", "run", "--out", "out.json"]) == 2
-    error = capsys.readouterr().err
-    assert error == "fastcure: error: memory does not suffice for 256 images at a time: lower --batch-size\n"
-    assert not (place.path / "out.json").exists()
-
-
 def test_a_batch_finds_the_same_whoever_takes_it(place: Place) -> None:
     """Every second batch on its own, as one of two processes has it."""
     x, y, found = place.x, place.y, []
@@ -415,25 +252,3 @@ def test_a_batch_finds_the_same_whoever_takes_it(place: Place) -> None:
     assert len(whole) == 5
     assert all(torch.equal(*pair) for pair in zip(whole[::2] + whole[1::2], even + odd, strict=True))
     assert not torch.equal(whole[0] - x[:7], whole[1] - x[7:14])
-
-
-def test_a_pickle_in_a_checkpoint_is_not_executed(place: Place) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (Path.touch, (place.path / "exploded",))
-
-    torch.save({"state_dict": Bomb()}, "bomb.pt")
-    assert main(["evaluate", *OUT, "--checkpoint", "bomb.pt"]) == 2
-    assert not (place.path / "exploded").exists()
-
-
-def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    for flag in (
-        "--run --model --checkpoint --mean --std --dataset --data-dir --eps --eps-l2 --steps --restarts --attacks "
-        "--eot --checklist --surrogate --limit --batch-size --device --seed --out"
-    ).split():
-        assert flag in shown

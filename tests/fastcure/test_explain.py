@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from prepared import case_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import CURE, curvature, explain, prepare
+from fastcure._folding.layers import FOLDS
 from fastcure.engines import ENGINES
 
 X, Y = torch.rand(4, 3, 8, 8), torch.arange(4) % 3
@@ -136,3 +139,26 @@ def test_it_leaves_no_trace() -> None:
     assert all(module.training for module in model.modules())
     with pytest.warns(UserWarning, match="pixels should be"):  # still to be told
         curvature(model, 255 * X, Y)
+
+
+def of_norms(text: str) -> list[str]:
+    """What is said of anything but engines."""
+    return [line for line in text.splitlines() if not line.strip().startswith("engine")]
+
+
+def test_explain_before_and_after() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)]
+    case = case_of(nn.Sequential(*layers), (3, 5, 5))
+    lines = explain(case.model).splitlines()
+    assert lines[0].startswith("engine: eager (")
+    assert lines[1:] == ["batch norms folded: 0 of 2; fastcure.prepare(model, x) has not been called"]
+    reason = "  2 not: its input is not the output of a plain convolution or linear layer that runs once"
+    relus = ["ReLUs that can take the sum before them in one pass, on a GPU: 0 of 0"]
+    relus += ["  not that of 1: batch_norm takes its output"]
+    assert of_norms(explain(case.model, case.x)) == [*lines[1:], reason, *relus]
+    assert case.model not in FOLDS
+    prepare(case.model, case.x)
+    found = ["batch norms folded into the layer before: 1 of 2", "  1 into 0"]
+    assert explain(case.model).splitlines()[1:] == found
+    assert of_norms(explain(case.model, case.x)) == [*found, reason, *relus]
+    assert "folded into the layer before: 0 of 0" in explain(prepare(nn.Linear(3, 2), torch.rand(1, 3)))

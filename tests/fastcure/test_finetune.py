@@ -10,36 +10,15 @@ import scipy.io
 import torch
 from pictures import BLUE, ORANGE, drawn
 from safetensors.torch import load_file, save_file
+from small_runs import FILES, history
 
 import fastcure.training.finetune as module
 from fastcure.cli import main
-from fastcure.data import ADDRESSES, DATASETS, Dataset, hold_out
-from fastcure.models import MODELS, resnet8
+from fastcure.data import Dataset, hold_out
+from fastcure.models import resnet8
 from fastcure.training.finetune import collapse, table
 from fastcure.training.run import Run
 from fastcure.training.settings import make_settings
-
-FILES = [
-    "config.json",
-    "curves.png",
-    "environment.json",
-    "history.csv",
-    "metrics.json",
-    "model.safetensors",
-    "original.safetensors",
-    "state.safetensors",
-]
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 8 x 8 images, dark and bright."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, 72)
-    x = (rng.integers(0, 128, (72, 8, 8, 3)) + 127 * y[:, None, None, None]).astype(np.uint8)
-    path = tmp_path_factory.mktemp("npz") / "bright.npz"
-    np.savez(path, x_train=x[:48], y_train=y[:48], x_test=x[48:], y_test=y[48:])
-    return path
 
 
 def finetune(npz: Path, out: Path, *flags: str) -> int:
@@ -49,11 +28,6 @@ def finetune(npz: Path, out: Path, *flags: str) -> int:
 
 def read(out: Path, name: str) -> dict:
     return json.loads((out / name).read_text())
-
-
-def history(out: Path) -> list[dict[str, str]]:
-    with (out / "history.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +47,7 @@ def accuracy(weights: Path, npz: Path) -> float:
 
 
 def test_the_folder_holds_what_is_promised(run: Path, npz: Path) -> None:
-    assert sorted(p.name for p in run.iterdir()) == FILES
+    assert sorted(p.name for p in run.iterdir()) == sorted(FILES)
     metrics = read(run, "metrics.json")
     assert list(metrics) == ["before", "after"]
     for name, side in zip(("original", "model"), metrics.values(), strict=True):
@@ -187,7 +161,7 @@ def test_a_checkpoint_takes_the_place_of_normal_training(
 )
 def test_options_run(npz: Path, tmp_path: Path, flags: list[str]) -> None:
     assert finetune(npz, tmp_path / "out", *flags) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(FILES)
 
 
 def test_h_in_steps_of_the_largest_eps(npz: Path, tmp_path: Path) -> None:
@@ -208,106 +182,6 @@ def test_a_pair_of_official_svhn_files(tmp_path: Path) -> None:
     assert main(["finetune", *flags, "--epochs", "1", "--pretrain-epochs", "1", "--out", str(tmp_path / "out")]) == 0
     config = read(tmp_path / "out", "config.json")
     assert (config["gamma"], config["h"], config["lr"]) == ("4x50%,8x25%,12x25%", "1.25", "1e-4:1e-6")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--h", "0"], "h must be > 0, got 0"),
-        (["--h", "-1"], "h must be"),
-        (["--gamma", "4x9"], "gamma must last the run's 2 epochs, got 9"),
-        (["--lr", "fast"], "lr must be a number or a schedule"),
-        (["--epochs", "0"], "epochs must be >= 1, got 0"),
-        (["--batch-size", "0"], "batch_size must be >= 1"),
-        (["--validation", "0"], "validation must be >= 1, got 0"),
-        (["--validation", "48"], "validation must leave images to train on, got 48 of the 48 training images"),
-        (
-            ["--model", "vgg"],
-            f"model must be one of {', '.join(MODELS)}, package.module:function, timm:NAME, got 'vgg'",
-        ),
-        (["--engine", "fast"], "engine must be one of auto"),
-        (
-            ["--engine", "cuda_graph", "--device", "cpu"],
-            "--engine cuda_graph wants a CUDA device, got cpu: leave it out",
-        ),
-        (["--batch-stats", "batch"], "batch_stats must be one of frozen, split, train"),
-        (["--loss-at", "fgsm"], "loss_at must be one of x, step, got 'fgsm'"),
-        (["--loss-at", "step", "--batch-stats", "split"], "loss_at='step' must have batch_stats 'frozen' or 'train'"),
-        (["--fraction", "0"], "fraction must be in (0, 1], 1 for a penalty on every sample, got 0"),
-        (["--h-unit", "px"], "h_unit must be one of eps, l2, got 'px'"),
-        (["--batch-stats", "train", "--microbatch", "8"], "microbatch must be None with batch_stats='train'"),
-        (["--batch-stats", "train", "--engine", "compile"], "batch_stats='train' must have an engine among"),
-        (["--eps", "2"], "eps must be radii in (0, 1]"),
-        (
-            ["--objective", "trade"],
-            "objective must be one of cure, standard, input-gradient, fgsm, fgsm-rs, pgd, trades",
-        ),
-        (["--optimizer", "lion"], "optimizer must be one of adam, adamw, sgd, got 'lion'"),
-        (["--momentum", "1"], "momentum must be in [0, 1), got 1"),
-        (["--weight-decay", "-1"], "weight_decay must be >= 0, got -1"),
-        (["--label-smoothing", "1"], "label smoothing must be in [0, 1), got 1"),
-        (["--clip", "0"], "clip must be > 0, got 0"),
-        (["--ema", "1"], "ema must be in (0, 1), such as 0.999, got 1"),
-        (["--objective", "pgd", "--gamma", "1"], "gamma is no setting of the objective pgd, but of cure, input-grad"),
-        (["--train-eps", "0.1"], "train_eps is no setting of the objective cure, but of fgsm, fgsm-rs, pgd, trades"),
-        (["--objective", "pgd", "--train-eps", "0:2"], "train_eps must be <= 1, got 0:2"),
-        (["--objective", "pgd", "--steps", "0"], "steps must be >= 1, got 0"),
-        (["--objective", "standard", "--batch-stats", "split"], "batch_stats must be 'train' or 'frozen' for Standard"),
-        (["--lr", "onecycle:-1"], "lr must be onecycle:PEAK with a peak > 0, such as onecycle:1e-2"),
-        (["--preset", "best"], "preset must be one of digits, fast, strong, svhn-paper, got 'best'"),
-        (["--device", "abacus"], "device must be auto, cpu, cuda"),
-        (["--checkpoint", "nowhere.safetensors"], "checkpoint nowhere.safetensors does not exist"),
-        (
-            ["--dataset", "mnist"],
-            f"dataset must be one of {', '.join([*DATASETS, *ADDRESSES])}, got 'mnist'",
-        ),
-        (["--dataset", "svhn", "--data-dir", "nowhere"], "train_32x32.mat"),
-        (["--dataset", "npz:nowhere.npz"], "nowhere.npz"),
-    ],
-)
-def test_bad_input_is_one_line_status_two_and_nothing_written(
-    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    assert finetune(npz, tmp_path / "out", *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastcure: error: ")
-    assert error.count("\n") == 1
-    assert message in error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other shape"])
-def test_a_bad_checkpoint_is_refused(
-    run: Path, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    path = tmp_path / "weights.safetensors"
-    whole = (run / "model.safetensors").read_bytes()
-    if damage == "truncated":
-        path.write_bytes(whole[:1000])
-    elif damage == "foreign":
-        path.write_bytes(b"not weights at all")
-    else:
-        save_file(resnet8(num_classes=3).state_dict(), path)
-    assert finetune(npz, tmp_path / "out", "--checkpoint", str(path)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert ("does not fit the model" if damage == "other shape" else "cannot be read as weights") in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_pickle_in_a_checkpoint_is_not_executed(npz: Path, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (Path.touch, (tmp_path / "exploded",))
-
-    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
-    assert finetune(npz, tmp_path / "out", "--checkpoint", str(tmp_path / "bomb.pt")) == 2
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_divergence_stops_with_what_to_try(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert finetune(npz, tmp_path / "out", "--gamma", "1e30", "--lr", "1e10") == 1
-    assert "lower --lr or --gamma" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -360,18 +234,6 @@ def test_presets_of_the_study_run_on_any_data(npz: Path, tmp_path: Path, preset:
     assert (used["preset"], used["loss_at"], used["batch_stats"], used["h_unit"]) == (preset, "step", "train", "eps")
     assert used["fraction"] == 0.25
     assert float(history(tmp_path / "out")[-1]["h"]) == pytest.approx(0.1 * 192**0.5)
-
-
-def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["finetune", "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    for flag in (
-        "--dataset --data-dir --model --checkpoint --preset --pretrain-epochs --epochs --batch-size --lr --gamma --h "
-        "--batch-stats --engine --device --amp --seed --limit --out"
-    ).split():
-        assert flag in shown
 
 
 def test_the_columns_of_the_table_are_aligned_for_any_radius() -> None:

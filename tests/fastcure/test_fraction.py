@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative, rounding
+from networks import NETWORKS, Case, Checkpointed, make, relative, rounding
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, CUREOutput, curvature, prepare
 from fastcure._batch import plan
-from fastcure.engines import ENGINES
-from fastcure.engines.compile import Compile
 
 H, GAMMA = 0.7, 0.3
 BATCH_NORM = "batch_norm-relu-max"
@@ -43,8 +40,7 @@ def expected(case: Case, some: int, h: float | Tensor = H, **options: Any) -> tu
     + [("mlp-softplus", "compile")],
 )
 @pytest.mark.parametrize("loss_at", ["x", "step"])
-def test_is_the_definition(name: str, loss_at: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "compile", Compile("aot_eager"))
+def test_is_the_definition(name: str, loss_at: str, engine: str, aot_eager: object) -> None:
     case = make(NETWORKS[name], 7, seed=1)
     for power, lengths in ((1, H), (2, torch.linspace(0.3, 0.9, 7, dtype=case.x.dtype))):
         options: dict[str, Any] = {"power": power, "loss_at": loss_at}
@@ -212,15 +208,6 @@ def test_a_pass_that_fails_leaves_buffers_and_flags(passes: int, fraction: float
         cure(torch.rand(8, 3, dtype=torch.float64), torch.arange(8) % 2)
     assert all(map(torch.equal, before, model.buffers()))
     assert all(module.training for module in model.modules())
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 @pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")

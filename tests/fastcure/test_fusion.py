@@ -10,7 +10,7 @@ import torch
 from networks import Case, relative
 from odd import fused, relus
 from operators import Operators
-from prepared import STYLES, check_exact, gradients, relu, style
+from prepared import STYLES, check_exact, check_under_autocast, gradients, relu, style
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,11 +30,7 @@ FUSED = {  # of the ReLUs that run
     "wide-resnet": (3, 7),  # as many as batch norms that can be folded
 }
 
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run kernels where a GPU would."""
-    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def operators(case: Case, backward: bool = False) -> Counter[str]:
@@ -96,15 +92,7 @@ def test_where_no_kernel_runs_nothing_is_left_pending(monkeypatch: pytest.Monkey
 
 
 def test_under_autocast() -> None:
-    case = style("torchvision-resnet18", relu).copy(torch.float32)
-    z = F.normalize(torch.randn_like(case.x).flatten(1)).view_as(case.x)
-    truth = gradients(case, False, direction=z)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = gradients(case, False, direction=z)
-        ours = gradients(case, True, direction=z)
-    assert [t.dtype for t in ours] == [t.dtype for t in plain]
-    assert relative(ours[1], truth[1]) < 0.02
-    assert relative(ours[3:], truth[3:]) < 2 * relative(plain[3:], truth[3:])  # no worse than unprepared
+    check_under_autocast(relu)
 
 
 def test_channels_last() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from odd import Odd, fused, pair, relus
+from odd import Doubled, Odd, fused, pair, relus
 from prepared import case_of, check_exact
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,23 +13,10 @@ from torch.nn import functional as F
 from fastcure import curvature, prepare
 
 # `Odd` has a dropout, which few of its ways take.
-pytestmark = pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run kernels where a GPU would."""
-    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
-
-
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode"),
+]
 
 
 def kept(m: Odd, x: Tensor) -> Tensor:
@@ -77,7 +64,7 @@ ODD: dict[str, tuple[Callable[[Odd, Tensor], Any], tuple[int, int], str]] = {
     "other scale": (lambda m, x: F.relu(torch.add(pair(m, x), m.other(x), alpha=2)), (0, 1), "add takes its output"),
     "broadcast": (lambda m, x: F.relu(pair(m, x) + x[:, :1, 2:, 2:]), (0, 1), "add takes its output"),
     "into the shortcut": (lambda m, x: F.relu(m.other(x).add_(pair(m, x))), (0, 1), "add_ takes its output"),
-    "an operator of one's own": (lambda m, x: F.relu(Scaled.apply(pair(m, x))), (0, 1), "mul takes its output"),
+    "an operator of one's own": (lambda m, x: F.relu(Doubled.apply(pair(m, x))), (0, 1), "mul takes its output"),
     "kept": (kept, (0, 1), "its output is kept"),
     "second output": (lambda m, x: (F.relu(y := pair(m, x)), y), (1, 1), ""),
     "shortcut changed": (shortcut_changed, (0, 1), "a change in place of one of its terms takes its output"),
@@ -106,7 +93,7 @@ def test_odd_networks(name: str) -> None:
         lambda m, y: y + y.mean(),
         lambda m, y: y,
         lambda m, y: y.mul_(2),
-        lambda m, y: Scaled.apply(y),
+        lambda m, y: Doubled.apply(y),
         lambda m, y: torch.cat([y, y], 1)[:, 2:7],
         lambda m, y: (F.relu(y), y.detach().sin())[1] + y,
         lambda m, y: torch.utils.checkpoint.checkpoint(torch.cos, y, use_reentrant=False),

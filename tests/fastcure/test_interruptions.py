@@ -11,29 +11,12 @@ from pathlib import Path
 
 import pytest
 from kill_and_resume import kill_and_resume
-from small_runs import SMALL, check_equal, contents, finetune, write_npz
+from small_runs import SMALL, Killed, check_equal, contents, finetune
 from torch import Tensor, nn
 
 import fastcure.training.run as run_module
 from fastcure.training.interrupt import Interrupted, Interruption
 from fastcure.training.run import Run
-
-
-class Killed(BaseException):
-    """Nothing in the library catches it."""
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_npz(tmp_path_factory.mktemp("npz") / "bright.npz")
-
-
-@pytest.fixture(scope="module")
-def whole(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert finetune(npz, out) == 0
-    return out
 
 
 def fail_at(patch: pytest.MonkeyPatch, syncs: int, fail: Callable[[], None]) -> None:

@@ -7,21 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from definitions import Lambda
 from networks import NETWORKS, Case, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcure import curvature
 from fastcure._diagnostics import kinks
-
-
-class Lambda(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.function(t)
 
 
 class OwnReLU(torch.autograd.Function):

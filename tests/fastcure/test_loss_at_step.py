@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from fastcure import CURE, curvature, reference
 from fastcure._functional import FunctionalLoss
-from fastcure.engines import ENGINES
-from fastcure.engines.compile import Compile
 
 
 def gradients(case: Case, **options: object) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -22,8 +20,7 @@ def gradients(case: Case, **options: object) -> tuple[Tensor, Tensor, list[Tenso
 
 @pytest.mark.parametrize("engine", ["auto", "eager", "compile"])
 @pytest.mark.parametrize("name", ["mlp-softplus", "batch_norm-relu-max"])
-def test_equals_the_reference(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENGINES, "compile", Compile("aot_eager"))
+def test_equals_the_reference(name: str, engine: str, aot_eager: object) -> None:
     case = make(NETWORKS[name], 5, seed=1)
     for power in (1, 2):
         ours, truth = (gradients(case, engine=e, power=power) for e in (engine, "reference"))

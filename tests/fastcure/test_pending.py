@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Cube
 from networks import relative
 from operators import Operators
 from torch import Tensor, nn
@@ -34,20 +35,6 @@ def plain_sum(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor
 
 def pending_sum(x: Tensor, bias: Tensor | None, residual: Tensor | None, takers: Any = ()) -> Pending:
     return Pending.of(x * 1, bias if bias is None else bias * 1, residual if residual is None else residual * 1, takers)
-
-
-class Cubed(torch.autograd.Function):
-    """An operator in Python, called from C++, which tells no tensor that it is taken."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * g * x**2
 
 
 def held(change: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -131,10 +118,10 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pooled": lambda s, o: F.max_pool2d(s, 2) + F.adaptive_avg_pool2d(s, 2),
     "convolved": lambda s, o: F.conv2d(s, o[:, :, :2, :2]),
     "to another dtype": lambda s, o: s.to(torch.float32).double() + s.double(),
-    "a function of one's own": lambda s, o: Cubed.apply(s),
-    "a function of one's own after a change": held(lambda s, o: Cubed.apply(plus(s, o))),
-    "a function of one's own after another change": held(lambda s, o: Cubed.apply(s.mul_(2))),
-    "a function of one's own after relu_": held(lambda s, o: (s.relu_(), Cubed.apply(s))[1]),
+    "a function of one's own": lambda s, o: Cube.apply(s),
+    "a function of one's own after a change": held(lambda s, o: Cube.apply(plus(s, o))),
+    "a function of one's own after another change": held(lambda s, o: Cube.apply(s.mul_(2))),
+    "a function of one's own after relu_": held(lambda s, o: (s.relu_(), Cube.apply(s))[1]),
     "vmap": lambda s, o: torch.vmap(lambda image: image.relu() * 2)(s),
     "checkpointed": lambda s, o: torch.utils.checkpoint.checkpoint(lambda t: F.relu(t) ** 2, s, use_reentrant=False),
     "hooked": lambda s, o: (s.register_hook(lambda g: 2 * g), F.relu(s) * s)[1],
@@ -246,7 +233,7 @@ def test_what_takes_it_is_written_down() -> None:
     s, t = pending_sum(*terms(residual=False), takers=(mine,)), pending_sum(*terms(residual=False), takers=(theirs,))
     both = s + t
     assert mine == theirs == []
-    F.relu(both), F.gelu(both), torch.cat([both, s]), Cubed.apply(t)
+    F.relu(both), F.gelu(both), torch.cat([both, s]), Cube.apply(t)
     assert mine == ["relu", "gelu", "cat", "cat"]
     assert theirs[:3] == ["relu", "gelu", "cat"]
     assert theirs[3:]
@@ -280,7 +267,7 @@ def test_a_change_of_shape_in_place_is_an_error() -> None:
 def test_nothing_holds_it() -> None:
     given = terms()
     s = pending_sum(*given)
-    y = F.relu(s + 1) + F.relu(s) + Cubed.apply(s)
+    y = F.relu(s + 1) + F.relu(s) + Cube.apply(s)
     references = [weakref.ref(s), weakref.ref(s.x)]
     (g,) = torch.autograd.grad(y.sum(), given[:1], create_graph=True)
     del s, y, g

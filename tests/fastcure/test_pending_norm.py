@@ -9,24 +9,18 @@ import pytest
 import torch
 from fastcure_kernels.jit import LISTENERS
 from networks import relative, rounding
+from operators import Operators
 from torch import Tensor, nn
 from torch.autograd import grad, gradgradcheck
 from torch.nn import functional as F
 
 from fastcure import double_backward
-from fastcure._torch_compat import TorchDispatchMode, operator_name
 from fastcure.rules.context import fused_norms
 from fastcure.rules.pending_norm import PendingNorm
 
 SHAPE = (2, 3, 2, 2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-Use = Callable[[Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTCURE_BACKEND", "triton")
+pytestmark = [pytest.mark.usefixtures("kernels"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 class Norms:
@@ -179,26 +173,19 @@ def test_one_kernel_takes_it(use: str) -> None:
     norms, launches = Norms(), list[Any]()
     LISTENERS.append(launches.append)
     try:
-        with double_backward(), Operators() as operators:
+        with double_backward(), PlainOperators() as operators:
             USES[use](norms)
     finally:
         LISTENERS.remove(launches.append)
     assert len(launches) == (6 if use == "two norms" else 3)  # statistics in two launches, and the rest in one
-    assert operators.names.isdisjoint({"add", "add_", "relu", "relu_", "clone"})
+    assert {"add", "add_", "relu", "relu_", "clone"}.isdisjoint(operators.calls)
 
 
-class Operators(TorchDispatchMode):
-    """The names of those that run on plain tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = set[str]()
+class PlainOperators(Operators):
+    """Those that run on plain tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if PendingNorm in types:
-            return NotImplemented
-        self.names.add(operator_name(func))
-        return func(*args, **(kwargs or {}))
+        return NotImplemented if PendingNorm in types else super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def test_passes_that_are_differentiated_once_take_it_too() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from keeping import Keeping
-from small_runs import SMALL, write_npz
+from small_runs import SMALL, Killed, write_npz
 from torch import Tensor, nn
 
 import fastcure.training.run as run_module
@@ -22,10 +22,6 @@ from fastcure.training.run import Run
 from fastcure.training.tally import Tally
 
 MOVED = Augment(pad=2, flip=True)
-
-
-class Killed(BaseException):
-    """Nothing in the library catches it."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What becomes of a prepared network: changed, copied, wrapped, compiled, gone; and what is said of it."""
+"""What becomes of a prepared network: changed, copied, wrapped, compiled, gone."""
 
 import copy
 import gc
@@ -140,29 +140,6 @@ def test_an_exception_leaves_nothing_behind(prepared: bool) -> None:
     assert count(case.model) == prepared
     case.model.fails = False
     assert torch.equal(curvature(*case).penalty, wanted)
-
-
-def of_norms(text: str) -> list[str]:
-    """What is said of anything but engines."""
-    return [line for line in text.splitlines() if not line.strip().startswith("engine")]
-
-
-def test_explain_before_and_after() -> None:
-    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)]
-    case = case_of(nn.Sequential(*layers), (3, 5, 5))
-    lines = explain(case.model).splitlines()
-    assert lines[0].startswith("engine: eager (")
-    assert lines[1:] == ["batch norms folded: 0 of 2; fastcure.prepare(model, x) has not been called"]
-    reason = "  2 not: its input is not the output of a plain convolution or linear layer that runs once"
-    relus = ["ReLUs that can take the sum before them in one pass, on a GPU: 0 of 0"]
-    relus += ["  not that of 1: batch_norm takes its output"]
-    assert of_norms(explain(case.model, case.x)) == [*lines[1:], reason, *relus]
-    assert case.model not in FOLDS
-    prepare(case.model, case.x)
-    found = ["batch norms folded into the layer before: 1 of 2", "  1 into 0"]
-    assert explain(case.model).splitlines()[1:] == found
-    assert of_norms(explain(case.model, case.x)) == [*found, reason, *relus]
-    assert "folded into the layer before: 0 of 0" in explain(prepare(nn.Linear(3, 2), torch.rand(1, 3)))
 
 
 def test_one_image_is_enough_and_its_gradients_are_nobodys() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from networks import relative
-from odd import Odd, pair
-from prepared import case_of, check_exact, count, gradients, style
+from odd import Doubled, Odd, pair
+from prepared import case_of, check_exact, check_under_autocast, count, gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,16 +56,6 @@ def hooked_gradient(m: Odd, x: Tensor) -> Tensor:
     y = m.conv(x)
     y.register_hook(lambda grad: 2 * grad)
     return m.bn(y)
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g
 
 
 def norm_in_training(m: Odd, x: Tensor) -> Tensor:
@@ -197,15 +187,7 @@ def test_norms_wider_than_their_layers() -> None:
 
 
 def test_under_autocast() -> None:
-    case = style("torchvision-resnet18", nn.GELU).copy(torch.float32)
-    z = F.normalize(torch.randn_like(case.x).flatten(1)).view_as(case.x)
-    truth = gradients(case, False, direction=z)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = gradients(case, False, direction=z)
-        ours = gradients(case, True, direction=z)
-    assert [t.dtype for t in ours] == [t.dtype for t in plain]
-    assert relative(ours[1], truth[1]) < 0.02
-    assert relative(ours[3:], truth[3:]) < 2 * relative(plain[3:], truth[3:])  # no worse than unprepared
+    check_under_autocast(nn.GELU)
 
 
 # A network whose path depends on its input, or that has changed since

@@ -17,9 +17,9 @@ from small_runs import contents, files_of_at_most, write_npz, write_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fastcure.evaluation.settings as measurement
 from fastcure.cli import main
 from fastcure.data import hold_out, load
+from fastcure.evaluation.results import write_results
 from fastcure.models import resnet8
 from fastcure.report import measures, sections
 from fastcure.report import report as reporting
@@ -335,5 +335,5 @@ def test_a_measurement_on_a_full_disk_leaves_nothing(
 
 
 def test_results_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    measurement.write_results(str(tmp_path / "a.json"), {"mean": float("inf"), "all": [float("nan"), 1.0]})
+    write_results(str(tmp_path / "a.json"), {"mean": float("inf"), "all": [float("nan"), 1.0]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"mean": None, "all": [None, 1.0]}

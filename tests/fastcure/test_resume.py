@@ -14,31 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_runs import check_equal, contents, finetune, write_npz
+from small_runs import Killed, check_equal, contents, finetune, kill_after, write_npz
 
-import fastcure.training.run as run_module
 from fastcure.cli import main
 from fastcure.training.checkpoint import Progress, pack, unpack
-from fastcure.training.run import Run
 from fastcure.training.run_folder import RunFolder, reserved
 from fastcure.training.settings import make_settings
-
-
-class Killed(BaseException):
-    """Nothing in the library catches it."""
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_npz(tmp_path_factory.mktemp("npz") / "bright.npz")
-
-
-@pytest.fixture(scope="module")
-def whole(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert finetune(npz, out) == 0
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +37,6 @@ def killed(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(killed: Path, tmp_path: Path) -> Path:
     """A copy of it, to be resumed or damaged."""
     return shutil.copytree(killed, tmp_path / "half")
-
-
-def kill_after(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Save after every step, and die in the one after `steps` of them, before it is saved."""
-    pause, taken = Run._pause, []
-
-    def killing(run: Run) -> None:
-        taken.append(1)
-        if len(taken) > steps:
-            raise Killed
-        pause(run)
-
-    patch.setattr(run_module, "SAVE_EVERY", -1.0)
-    patch.setattr(Run, "_pause", killing)
 
 
 @pytest.mark.parametrize("flags", [[], ["--batch-stats", "split"]], ids=["frozen", "split"])

@@ -1,20 +1,17 @@
 """Models and callers out of the ordinary: each is right, as the reference says, or one clear error or warning."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative
+from networks import NETWORKS, Case, Checkpointed, make, relative
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 from fastcure import CURE, curvature, prepare
-from fastcure.engines import ENGINES
-from fastcure.engines.compile import Compile
 
 of_torch = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning"
@@ -24,14 +21,6 @@ of_torch = pytest.mark.filterwarnings(
 @pytest.fixture
 def case() -> Case:
     return make(NETWORKS["batch_norm-gelu-average"], 4, seed=0)
-
-
-@pytest.fixture
-def aot_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An engine "compile" without code generation."""
-    monkeypatch.setitem(ENGINES, "compile", Compile("aot_eager"))
-    yield
-    torch._dynamo.reset()
 
 
 def gradients(case: Case, engine: str = "eager", **options: object) -> list[Tensor]:
@@ -138,29 +127,25 @@ def test_compiling_the_penalty_itself_is_an_error(case: Case, microbatch: int | 
     torch._dynamo.reset()
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.Dropout(0.5))
-        self.last, self.reentrant = nn.Linear(6, 7), reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(checkpoint(self.inner, x, use_reentrant=self.reentrant).mean((2, 3)))
+def checkpointed(reentrant: bool = False) -> nn.Sequential:
+    inner = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.Dropout(0.5))
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 7))
+    return nn.Sequential(Checkpointed(inner, reentrant), pooled).double()
 
 
 @pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 @pytest.mark.parametrize(("engine", "reentrant"), [("eager", True), ("eager", False), ("reference", False)])
 def test_checkpointing_is_one_clear_error(case: Case, engine: str, reentrant: bool) -> None:
-    model = Checkpointed(reentrant).double()
+    model = checkpointed(reentrant)
     with pytest.raises(RuntimeError, match=r"turn it off, and save memory by CURE\(model, microbatch=N\)"):
         CURE(model, engine=engine)(case.x, case.y).total.backward()
 
 
 @pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 def test_checkpointing_is_right_in_first_order(case: Case) -> None:
-    model = Checkpointed(reentrant=False).double()
+    model = checkpointed()
     ours = gradients(Case(model, case.x, case.y), "first_order")
-    plain = nn.Sequential(model.inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.last)
+    plain = nn.Sequential(model[0].inner, model[1])
     assert relative(ours, gradients(Case(plain, case.x, case.y), "reference")) < 1e-6
 
 

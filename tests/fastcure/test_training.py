@@ -1,7 +1,6 @@
 """What the trainer brings to every objective: optimisers, clipping, averaged weights, resuming."""
 
 import copy
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -13,31 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import contents, finetune, write_npz
+from small_runs import Killed, contents, finetune, history, kill_after, share_of, write_npz
 from torch import nn
 
-import fastcure.training.run as run_module
 from fastcure.cli import main
 from fastcure.models import resnet8
 from fastcure.objectives import FGSM, OBJECTIVES, Standard
 from fastcure.schedules import schedule
 from fastcure.training.average import WeightAverage
-from fastcure.training.checkpoint import Progress
 from fastcure.training.epoch import train_steps
-from fastcure.training.eta import Eta, passes_of
 from fastcure.training.optimizer import OPTIMIZERS, load_scaler, make_optimizer, scaler_tensors
 from fastcure.training.ranks import Ranks, Share
-from fastcure.training.run import Run
-from fastcure.training.settings import make_settings
 from fastcure.training.tally import Tally
 
 CPU = torch.device("cpu")
 RATE = 1e-2
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_npz(tmp_path_factory.mktemp("npz") / "bright.npz")
 
 
 def network() -> nn.Module:
@@ -48,7 +37,7 @@ def network() -> nn.Module:
 def batches(count: int = 4) -> list[tuple[int, float, Share]]:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(count, 6, 3, 2, 2, generator=generator, dtype=torch.float64)
-    return [(step, 0.0, Ranks(CPU).share(x[step], torch.arange(6) % 3)) for step in range(count)]
+    return [(step, 0.0, share_of(Ranks(CPU), x[step], torch.arange(6) % 3)) for step in range(count)]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, work: Any, **options: Any) -> None:
@@ -133,11 +122,6 @@ def test_recalibrated_statistics_are_those_of_the_averaged_weights() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def history(out: Path) -> list[dict[str, str]]:
-    with (out / "history.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 FLAGS = {
     "cure": ["--gamma", "0.1"],
     "standard": ["--label-smoothing", "0.1"],
@@ -172,10 +156,6 @@ def test_every_objective_is_trained(name: str, npz: Path, tmp_path: Path, capsys
     assert moved == ("train" in FLAGS[name])
 
 
-class Killed(BaseException):
-    """Nothing in the library catches it."""
-
-
 OPTIONS = (
     "--optimizer sgd --momentum 0.8 --weight-decay 1e-4 --label-smoothing 0.1 --clip 1 --ema 0.9 --lr 1e-2".split()
 )
@@ -185,19 +165,10 @@ def test_killed_after_any_step_it_ends_the_same(npz: Path, tmp_path: Path, monke
     """Random starts, momentum and averaged weights go on where they were."""
     name = "trades"
     assert fine_tune(npz, tmp_path / "whole", name, *OPTIONS) == 0
-    pause, kills = Run._pause, 0
-
-    def killing(run: Run) -> None:
-        taken.append(1)
-        if len(taken) > 2:
-            raise Killed
-        pause(run)
-
+    kills = 0
     while True:
         with monkeypatch.context() as patch:
-            taken: list[int] = []
-            patch.setattr(run_module, "SAVE_EVERY", -1.0)
-            patch.setattr(Run, "_pause", killing)
+            kill_after(patch, 2)
             try:
                 status = fine_tune(npz, tmp_path / "out", name, *OPTIONS, "--resume")
             except Killed:
@@ -306,24 +277,6 @@ def test_a_run_in_float16_ends_like_one_in_float32(place: Path) -> None:
     assert 0 < float((ends[1] - ends[0]).norm() / ends[0].norm()) < 0.01
 
 
-def test_the_time_that_is_left_is_by_the_passes_that_are_left() -> None:
-    settings = make_settings({"dataset": "npz:a", "pretrain_epochs": 2, "epochs": 3, "eps": (0.1, 0.2)})
-    passes = passes_of(settings, train=100, validation=10, test=20)
-    assert passes == (300 + 220, 1200 + 220, 20 * 43)  # CURE's step costs 12 passes, a standard one 3
-    begun = Progress(data=0, phase="pretrain", epoch=1, step=1)
-    assert passes.left(settings, begun, steps=2) == 520 / 2 + 3 * 1420 + 2 * 860
-    begun = Progress(data=0, phase="finetune", epoch=2)
-    assert passes.left(settings, begun, steps=2) == 1420 + 860
-    now = [10.0]
-    eta = Eta(1000.0, lambda: now[0])
-    assert str(eta) == ""
-    for later, made, words in ((15, 100, "45 s left"), (610, 100, "40 min left"), (30010, 200, "12 h 30 min left")):
-        now[0] = later
-        eta.made(made)
-        assert str(eta) == words
-    assert eta.seconds == 30000 * 600 / 400
-
-
 def test_numbers_go_to_trackers_through_accelerate(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,8 +312,7 @@ def test_numbers_go_to_trackers_through_accelerate(
     flags = ["--model", "own:net", "--log-to", "tensorboard", "--track", "2"]
     assert finetune(place / "a.npz", place / "out", *flags) == 0
     assert seen[:2] == [("tensorboard", str(place / "out")), ("0.1", "(0.1,)")]
-    with (place / "out" / "history.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = history(place / "out")
     sent = [(step, values) for step, values in seen[2:-1]]
     followed = [(step, values) for step, values in sent if {"pretrain/clean", "finetune/clean"} & values.keys()]
     assert [step for step, _ in followed] == [1, 2, 3]
