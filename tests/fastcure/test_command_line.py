@@ -16,40 +16,10 @@ from fastcure.training import finetune as training
 from fastcure.training.ranks import Ranks
 
 ODD = [
-    *(
-        "inf",
-        "nan",
-        "-1",
-        "0",
-        "1e400",
-        "1e300",
-        "-1e400",
-        "1e-400",
-        str(2**64),
-        str(2**63),
-        str(2**31),
-        "",
-        "x" * 5000,
-    ),
-    *("9" * 5000, "\u00fcn\u00ef\u202e", "\udcff", "\n", "folder", "noperm", "/", "nowhere/at/all", "a:b:c", "1,2,3"),
-    *(
-        "0.5,nan",
-        "1/0",
-        "1/2/3",
-        "cuda:99",
-        "meta",
-        "hpu",
-        "1x1",
-        "x1",
-        ":",
-        "1:1e400",
-        "true",
-        "null",
-        "[]",
-        "--",
-        "~",
-    ),
-    *("$^$", "%s", "npz:", "npz:folder", "npz:noperm", "npz:a.npz/x", "json:dumps", "builtins:exit", "..:x", "hf"),
+    *"inf nan -1 0 1e400 1e300 -1e400 1e-400".split(),
+    *(str(2**64), str(2**63), str(2**31), "", "x" * 5000, "9" * 5000, "\u00fcn\u00ef\u202e", "\udcff", "\n"),
+    *"folder noperm / nowhere/at/all a:b:c 1,2,3 0.5,nan 1/0 1/2/3 cuda:99 meta hpu 1x1 x1 : 1:1e400 true null".split(),
+    *"[] -- ~ $^$ %s npz: npz:folder npz:noperm npz:a.npz/x json:dumps builtins:exit ..:x hf".split(),
 ]
 
 NETWORK = "--model mod:net --dataset npz:a.npz --limit 4 --mean 0.5 --std 0.5".split()

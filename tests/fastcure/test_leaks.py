@@ -116,7 +116,7 @@ class Fails(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.pass_through("forward")
-        return _FailsIn.apply(x, self)
+        return _FailsIn.apply(x, self, "backward")
 
     def pass_through(self, where: str) -> None:
         self.calls[where] += 1
@@ -132,26 +132,14 @@ class Fails(nn.Module):
 
 class _FailsIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Fails) -> Tensor:
-        ctx.layer = layer
+    def forward(ctx: Any, x: Tensor, layer: Fails, where: str) -> Tensor:
+        ctx.layer, ctx.where = layer, where
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        ctx.layer.pass_through("backward")
-        return _FailsInBackward.apply(g, ctx.layer), None
-
-
-class _FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, layer: Fails) -> Tensor:
-        ctx.layer = layer
-        return g.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        ctx.layer.pass_through("double backward")
-        return g.clone(), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        ctx.layer.pass_through(ctx.where)
+        return _FailsIn.apply(g, ctx.layer, "double backward") if ctx.where == "backward" else g.clone(), None, None
 
 
 def failing(engine: str, **options: Any) -> tuple[Case, Fails, Callable[[], None]]:
