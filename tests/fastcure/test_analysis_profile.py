@@ -1,5 +1,7 @@
 """Curvature profiles against eigenvalues of the Hessian by first principles."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hessians import hessians, quadratic
@@ -134,18 +136,23 @@ def test_lanczos_on_768_values() -> None:
     assert relative(finite, ends(full, 2)) < 1e-3
 
 
+class Counted:
+    """A linear map, and how many vectors it was applied to."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
+        self.product, self.products = product, 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.products += v.shape[1]
+        return self.product(v)
+
+
 def test_lanczos_restarts() -> None:
     spectrum = torch.linspace(-1, 1, 400).double()
     made = quadratic(spectrum)
-    products = 0
-
-    def multiply(v: Tensor) -> Tensor:
-        nonlocal products
-        products += v.shape[1]
-        return v @ made.A
-
+    multiply = Counted(lambda v: v @ made.A)
     found = extremes(multiply, made.b[None, None], low=2, high=3, block=4, tolerance=1e-7)
-    assert 69 < products < 800  # a basis has 69 vectors at most
+    assert 69 < multiply.products < 800  # a basis has 69 vectors at most
     assert found.vectors.shape[1] <= 69
     torch.testing.assert_close(found.values[0, :2], spectrum[:2], rtol=1e-9, atol=0)
     torch.testing.assert_close(found.values[0, -3:], spectrum[-3:], rtol=1e-9, atol=0)
@@ -157,31 +164,19 @@ def test_lanczos_restarts() -> None:
 
 def test_lanczos_ends_where_rounding_hides_the_rest_and_says_so() -> None:
     made = quadratic(torch.linspace(-0.5, 1, 200))
-    products = 0
-
-    def rounded(v: Tensor) -> Tensor:
-        nonlocal products
-        products += v.shape[1]
-        return v @ made.A + 0.01 * F.normalize(torch.randn_like(v), dim=2)
-
+    rounded = Counted(lambda v: v @ made.A + 0.01 * F.normalize(torch.randn_like(v), dim=2))
     torch.manual_seed(0)
     with pytest.warns(RuntimeWarning, match=r"uncertain by up to \de-02 of the largest, after .* use float64"):
         found = extremes(rounded, made.b[None, None], low=1, high=1, block=2, tolerance=1e-7)
-    assert products < 200
+    assert rounded.products < 200
     assert abs(float(found.values[0, -1]) - 1) < 0.01
 
 
 def test_lanczos_gives_up_in_the_end() -> None:
     made = quadratic(torch.cat([torch.linspace(-1, 0, 80), 1 - torch.logspace(-6, -9, 80)]))
-    products = 0
-
-    def multiply(v: Tensor) -> Tensor:
-        nonlocal products
-        products += v.shape[1]
-        return v @ made.A
-
+    multiply = Counted(lambda v: v @ made.A)
     found = extremes(multiply, made.b[None, None], low=0, high=9, block=2, tolerance=1e-13)
-    assert products == 4 * 160
+    assert multiply.products == 4 * 160
     assert float((found.values[0, -9:] - 1).abs().max()) < 1e-6
 
 

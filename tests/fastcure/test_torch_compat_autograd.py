@@ -18,6 +18,12 @@ import fastcure._torch_compat as compat
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")  # of torch's own files
 
 
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+
 class Square(torch.autograd.Function):
     """Notes what its backward sees."""
 
@@ -107,11 +113,7 @@ def test_views_are_known() -> None:
 
 @breaks("a rule asked about a leaf would get an answer that it does not know")
 def test_a_leaf_for_whose_gradient_grad_was_called_is_an_error() -> None:
-    class OfLeaf(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 1
-
+    class OfLeaf(Identity):
         @staticmethod
         def backward(ctx, g):
             with pytest.raises(RuntimeError):
@@ -183,11 +185,7 @@ def test_transforms_are_seen(transform: Callable[..., Callable[[Tensor], Tensor]
 def test_batched_gradients_are_seen() -> None:
     seen = []
 
-    class Seen(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 1
-
+    class Seen(Identity):
         @staticmethod
         def backward(ctx, g):
             seen.append(compat.is_batched_gradient(g))
