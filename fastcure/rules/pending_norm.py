@@ -177,7 +177,7 @@ def _joined(a: Any, b: Any, *, in_place: bool) -> PendingNorm | None:
     """Return `a + b` as a sum that waits; None if it takes a pass of its own."""
     if not all(isinstance(t, PendingNorm) or type(t) in (Tensor, torch.nn.Parameter) for t in (a, b)):
         return None
-    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or (in_place and a is b):
         return None
     for first, other in [(a, b)] if in_place else [(a, b), (b, a)]:
         total = first.waiting() if isinstance(first, PendingNorm) else None

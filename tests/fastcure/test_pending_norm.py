@@ -90,6 +90,7 @@ USES: dict[str, Callable[[Norms], Tensor]] = {
     "two relus": lambda n: (lambda y: F.relu(y) * F.relu(y + n.r))(n(n.x)),
     "overwritten after": lambda n: (lambda y: F.relu(y) + y.mul_(2.0))(n(n.x)),
     "overwritten before": lambda n: F.relu(n(n.x).mul_(-1.0) + n.r),
+    "itself added in place": lambda n: F.relu((lambda y: y.add_(y))(n(n.x))),
     "a part overwritten": lambda n: F.relu(zeroed(n(n.x))),
     "a view, then in place": lambda n: (lambda y, v: F.relu_(y.mul(1.0)) + v)(*(lambda y: (y, y[:, :1]))(n(n.x))),
     "detached": lambda n: F.relu(n(n.x)) + F.relu(n(n.x).detach() + n.r),
