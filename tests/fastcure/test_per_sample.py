@@ -28,7 +28,7 @@ MOVED = Augment(pad=2, flip=True)
 def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(OBJECTIVES, "keeping", Keeping)
     monkeypatch.setattr(run_module, "default_augmentation", lambda _: MOVED)
-    (tmp_path / "own.py").write_text(
+    (tmp_path / "kept_rows_of_its_own.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -38,7 +38,7 @@ def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fine_tune(npz: Path, out: Path, *flags: str) -> int:
     small = [flag for flag in SMALL if flag not in ("--gamma", "0.1")]
     small[small.index("--eps") + 1 : small.index("--eps") + 1] = ["0.1"]
-    own = ["--model", "own:net", "--objective", "keeping"]
+    own = ["--model", "kept_rows_of_its_own:net", "--objective", "keeping"]
     return main(["finetune", "--dataset", f"npz:{npz}", "--out", str(out), *small, *own, *flags])
 
 
