@@ -1,4 +1,4 @@
-"""Hardsigmoid and hardswish, of which torch has no second derivative: theirs is piecewise constant.
+"""Hardsigmoid, of which torch has no second derivative, and hardswish: theirs is piecewise constant.
 
 Between -3 and 3 they are `(x + 3) / 6` and `x (x + 3) / 6`; below they are 0, above 1 and x. At -3 and 3 the first
 derivative is that of torch.

@@ -1,6 +1,6 @@
 """Operators whose second or third derivative torch lacks or gets wrong, computed by operators that have them all.
 
-torch has no second derivative of hardsigmoid and hardswish. Its derivatives of layer norm and batch norm take the
+torch has no second derivative of hardsigmoid. Its derivatives of layer norm and batch norm take the
 statistics for constants from the third order on, which a model needs that differentiates itself; instance norm is made
 of batch norm. Values and first derivatives are those of torch.
 """

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from fastcure_kernels.jit import Kernel
-from networks import relative
+from networks import relative, rounding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,7 +90,7 @@ def gradients(run: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
 def test_values_and_gradients_are_those_of_torch(name: str) -> None:
     inputs = inputs_of(name)
     a, b = ours(name), OPERATORS[name][0]
-    assert relative(a(*inputs), b(*inputs)) < 1e-14
+    assert relative(a(*inputs), b(*inputs)) < rounding(torch.float64, max(x.numel() for x in inputs))
     # Torch divides by 6 in single precision there.
     limit = torch.finfo(torch.float32).eps if name == "hardsigmoid" else 1e-13
     assert relative(gradients(a, *inputs), gradients(b, *inputs)) < limit
