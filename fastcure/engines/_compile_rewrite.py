@@ -119,8 +119,6 @@ def _write_relu_mask(graph: Graph, node: Node) -> None:
 
 def _exchanges(node: Node) -> bool:
     """Tell whether a node exchanges the first two dimensions; inductor writes it as a permutation."""
-    if node.target is aten.transpose.int:
-        return {*node.args[1:]} == {0, 1}
     if node.target is not aten.permute.default:
         return False
     order: Any = node.args[1]

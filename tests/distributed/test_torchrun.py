@@ -1,5 +1,6 @@
 """Processes of torchrun end with the right status, and only when the results are on the disk."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,42 +18,52 @@ def start(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
 
 
 ENDS = """
-import atexit, logging, os, sys
+import atexit, json, logging.handlers, os, sys
 import fastcure.cli
 
-atexit.register(os.abort)  # what torch's threads sometimes do to an interpreter that ends
-handler = logging.handlers.MemoryHandler(100, target=logging.FileHandler(sys.argv[2]))
-logging.getLogger().addHandler(handler)
+def to_file(stream, name):
+    os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), stream.fileno())
 
-def main():
-    print("printed", end="")
-    logging.warning("logged")
-    {ending}
+os.chdir(sys.argv[2])
+statuses = []
+for number, ending in enumerate(json.loads(sys.argv[3])):
+    child = os.fork()
+    if not child:
+        to_file(sys.stdout, f"{number}.out")
+        to_file(sys.stderr, f"{number}.err")
+        atexit.register(os.abort)  # what torch's threads sometimes do to an interpreter that ends
+        handler = logging.handlers.MemoryHandler(100, target=logging.FileHandler(f"{number}.log"))
+        logging.getLogger().addHandler(handler)
 
-fastcure.cli.main = main
-fastcure.cli.entry()
+        def main():
+            print("printed", end="")
+            logging.warning("logged")
+            exec(ending)
+            return 0
+
+        fastcure.cli.main = main
+        fastcure.cli.entry()
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(statuses)
 """
 
 
-@pytest.mark.parametrize(
-    ("ending", "status", "said"),
-    [
-        ("return 0", 0, ""),
-        ("raise SystemExit(2)", 2, ""),
-        ("raise RuntimeError('all of it')", 1, "RuntimeError: all of it"),
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
-    ],
-)
-def test_a_process_of_torchrun_ends_without_the_interpreter_s_clean_up(
-    tmp_path: Path, ending: str, status: int, said: str
-) -> None:
-    script, log = tmp_path / "ends.py", tmp_path / "log"
-    script.write_text("import logging.handlers\n" + ENDS.format(ending=ending))
-    done = start([sys.executable, str(script), "finetune", str(log)], TORCHELASTIC_RUN_ID="1")
-    assert done.returncode == status, done.stderr
-    assert done.stdout == "printed"
-    assert said in done.stderr
-    assert log.read_text() == "logged\n"
+def test_a_process_of_torchrun_ends_without_the_interpreter_s_clean_up(tmp_path: Path) -> None:
+    endings = {
+        "pass": (0, ""),
+        "raise SystemExit(2)": (2, ""),
+        "raise RuntimeError('all of it')": (1, "RuntimeError: all of it"),
+        "raise KeyboardInterrupt": (1, "KeyboardInterrupt"),
+    }
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    command = [sys.executable, str(script), "finetune", str(tmp_path), json.dumps([*endings])]
+    done = start(command, TORCHELASTIC_RUN_ID="1")
+    assert json.loads(done.stdout) == [status for status, _ in endings.values()], done.stderr
+    for number, (_, said) in enumerate(endings.values()):
+        assert (tmp_path / f"{number}.out").read_text() == "printed"
+        assert said in (tmp_path / f"{number}.err").read_text()
+        assert (tmp_path / f"{number}.log").read_text() == "logged\n"
 
 
 SLOW = """
@@ -109,11 +120,10 @@ fastcure.cli.entry()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_fails_leaves_no_other_waiting(tmp_path: Path, failing: int) -> None:
+def test_a_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
     npz, script = write_npz(tmp_path / "bright.npz"), tmp_path / "fails.py"
     script.write_text(FAILS)
-    flags = ["finetune", "--dataset", f"npz:{npz}", "--out", str(tmp_path / "out"), *SMALL, str(failing)]
+    flags = ["finetune", "--dataset", f"npz:{npz}", "--out", str(tmp_path / "out"), *SMALL, "1"]
     done = start([*TORCHRUN, str(script), *flags])
     assert done.returncode == 1  # torchrun's own
     assert "fastcure: error: the data are not on this host" in done.stderr

@@ -39,10 +39,11 @@ def finetune(npz: Path, out: Path, *flags: str) -> int:
     return main(["finetune", "--dataset", f"npz:{npz}", "--out", str(out), *SMALL, *flags])
 
 
-def write_run(path: Path) -> Path:
+def write_run(path: Path, **settings: object) -> Path:
     """The folder of a finished run on `a.npz`, of which no step was taken."""
     folder = RunFolder(path)
-    folder.write_json("config.json", vars(make_settings({"dataset": "npz:a.npz", "eps": (0.1,), "device": "cpu"})))
+    small = {"dataset": "npz:a.npz", "eps": (0.1,), "device": "cpu"}
+    folder.write_json("config.json", vars(make_settings({**small, **settings})))
     folder.write_json("metrics.json", {})
     model = resnet8(num_classes=2)
     folder.write_weights("original.safetensors", model)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from small_runs import write_npz, write_run
 
+from fastcure import cli
 from fastcure.cli import main
 from fastcure.evaluation.results import write_results
 from fastcure.report import measures
@@ -84,12 +86,18 @@ def check_one_line(status: object, error: str, command: str) -> None:
     assert "Traceback" not in error
 
 
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    return cli.make_parser()
+
+
 @pytest.mark.parametrize(
     ("command", "option", "half"),
     [(c, o, i % 2) for c, options in OPTIONS.items() for i, o in enumerate(options.split())],
 )
 def test_odd_values(
     place: Path,
+    parser: ArgumentParser,
     command: str,
     option: str,
     half: int,
@@ -97,6 +105,7 @@ def test_odd_values(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Half of the values for one option, and the others for the next: options of one type share their reader."""
+    monkeypatch.setattr(cli, "make_parser", lambda: parser)  # which takes as long as all else together
     monkeypatch.setattr(training, "Run", accept)
     monkeypatch.setattr(Ranks, "map", accept)
     monkeypatch.setattr(measures, "accuracies", accept)

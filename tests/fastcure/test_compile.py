@@ -30,8 +30,8 @@ def gradients(case: Case, engine: str, **options: object) -> list[Tensor]:
     return [p.grad for p in case.model.parameters()]
 
 
-# The root of the squared norm is one operation at the end of the region, whatever the network.
-@pytest.mark.parametrize(("name", "power"), [*((name, 2) for name in NETWORKS), ("mlp-relu", 1)])
+# A residual network is compiled in test_rewrite. The root of the squared norm is one operation at the end of the region.
+@pytest.mark.parametrize(("name", "power"), [*((name, 2) for name in NETWORKS if name != "resnet8"), ("mlp-relu", 1)])
 def test_equals_the_reference(aot_eager: object, name: str, power: int) -> None:
     case = make(NETWORKS[name], 4, seed=0)
     ours, truth = (gradients(case, engine, h=0.7, power=power) for engine in ("compile", "reference"))
@@ -76,12 +76,14 @@ def test_h_and_weights_change_without_recompilation(aot_eager: Any) -> None:
     assert aot_eager.frame_count == 1
 
 
-def test_nine_models_each_keep_their_own(aot_eager: Any) -> None:
-    cases = [make(NETWORKS["mlp-softplus"], 4, seed) for seed in range(9)]
-    for case in cases + cases:  # torch keeps 8 compilations of one piece of code, and then silently falls back
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_models_than_torch_keeps_each_have_their_own(aot_eager: Any) -> None:
+    """torch keeps 8 compilations of one piece of code, here 2, and then silently falls back."""
+    cases = [make(NETWORKS["mlp-softplus"], 4, seed) for seed in range(3)]
+    for case in cases + cases:
         ours, truth = (gradients(case, engine) for engine in ("compile", "reference"))
         assert relative(ours, truth) < 1e-9
-    assert aot_eager.frame_count == 9
+    assert aot_eager.frame_count == 3
 
 
 def test_another_shape_is_another_compilation_and_right(aot_eager: Any) -> None:
@@ -92,15 +94,16 @@ def test_another_shape_is_another_compilation_and_right(aot_eager: Any) -> None:
 
 
 def test_modes_of_calling(aot_eager: object) -> None:
-    case, small = (make(NETWORKS[name], 4, seed=0) for name in ("batch_norm-relu-max", "mlp-softplus"))
-    z = torch.randn_like(small.x)
-    soft = Case(case.model, case.x, F.one_hot(case.y, 7).double())
+    case = make(NETWORKS["mlp-softplus"], 4, seed=0)
+    z = torch.randn_like(case.x)
+    soft = Case(case.model, case.x, F.one_hot(case.y, 5).double())
     own_h = torch.tensor([0.3, 0.6, 0.9, 1.2]).double()
+    normed = Case(nn.Sequential(nn.BatchNorm1d(13), case.model).double(), case.x, case.y)
     for these, options in [
-        (small, {"direction": z}),
+        (case, {"direction": z}),
         (soft, {}),
-        (small, {"h": own_h}),
-        (case, {"batch_stats": "split"}),
+        (case, {"h": own_h}),
+        (normed, {"batch_stats": "split"}),
     ]:
         ours, truth = (gradients(these.copy(), engine, **options) for engine in ("compile", "reference"))
         assert relative(ours, truth) < 1e-9

@@ -147,19 +147,21 @@ def test_the_report_of_two_runs(runs: Path) -> None:
     assert main(["report", str(runs / "plain"), "--out", str(out)]) == 2  # holds something
 
 
-def test_figure_1_takes_the_step_of_training(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_1_takes_the_step_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_npz(Path("a.npz"))
     lengths = []
-    for flags in (["--h", "0.5", "--h-unit", "l2"], ["--h", "0.5:2", "--h-unit", "eps"]):
-        finetune(runs / "grey.npz", tmp_path / flags[-1], *flags)
 
-        def profiles(subjects: object, images: object, h: float, bar: object) -> None:
-            lengths.append(h)
-            raise KeyboardInterrupt
+    def profiles(subjects: object, images: object, h: float, bar: object) -> None:
+        lengths.append(h)
+        raise KeyboardInterrupt
 
-        monkeypatch.setattr(measures, "profiles", profiles)
+    monkeypatch.setattr(measures, "profiles", profiles)
+    for h, unit in (("0.5", "l2"), ("0.5:2", "eps")):
+        write_run(Path(unit), h=h, h_unit=unit)
         with contextlib.suppress(KeyboardInterrupt):
-            main(["report", str(tmp_path / flags[-1]), "--out", str(tmp_path / f"report {flags[-1]}")])
-    assert lengths == pytest.approx([0.5, 2 * 0.1 * 6])
+            main(["report", unit, "--limit", "4", "--out", f"report {unit}"])
+    assert lengths == pytest.approx([0.5, 2 * 0.1 * 192**0.5])
 
 
 def test_an_analysis(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
