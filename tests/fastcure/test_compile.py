@@ -30,7 +30,7 @@ def gradients(case: Case, engine: str, **options: object) -> list[Tensor]:
     return [p.grad for p in case.model.parameters()]
 
 
-# A residual network is compiled in test_rewrite. The root of the squared norm is one operation at the end of the region.
+# test_rewrite compiles a residual network. The root of the squared norm is one operation at the end of the region.
 @pytest.mark.parametrize(("name", "power"), [*((name, 2) for name in NETWORKS if name != "resnet8"), ("mlp-relu", 1)])
 def test_equals_the_reference(aot_eager: object, name: str, power: int) -> None:
     case = make(NETWORKS[name], 4, seed=0)

@@ -15,7 +15,7 @@ from fastcure.objectives import TRADES, SmoothedCrossEntropy, Standard
 def case() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = resnet8(in_channels=1)
-    x, y = torch.rand(16, 1, 16, 16), torch.arange(16) % 10
+    x, y = torch.rand(4, 1, 16, 16), torch.arange(4)  # float16 is slow on a CPU
     prepare(model, x)
     return model, x, y
 
@@ -51,12 +51,12 @@ def test_gradients_are_near_those_of_float32(
 def test_a_gradient_scaler_finds_its_scale_and_changes_nothing_else(case: tuple) -> None:
     """Too large a scale overflows float16: the scaler must see it, leave the step out, and come down."""
     model, x, y = case
-    x, y = x[:4, :, :8, :8], y[:4]  # float16 is slow on a CPU
+    x = x[:, :, :8, :8]
     cure = CURE(model, h=1.25, gamma=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-4)
     scales = []
-    for _ in range(20):
+    for _ in range(6):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             total = cure(x, y).total
