@@ -20,10 +20,11 @@ OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(KEEP) $(BIN)/fastcure finetune --preset digits --seed $(SEED) --out $(OUT)
 
-# As many processes as there are cores, eight at most: each holds a torch of its own. Kernels run on the CPU first, in
-# triton's interpreter; then, where there is a GPU, on it.
+# As many processes as there are cores, eight at most: each holds a torch of its own, and starts others, which would
+# compile all modules again if none wrote them down. Kernels run on the CPU first, in triton's interpreter; then, where
+# there is a GPU, on it.
 test: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 	! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || $(BIN)/python -m pytest -m gpu
 
 # Every script in examples/, with the frameworks that they need; those for several processes on two. The frameworks have
