@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,15 @@ def test_compilations_are_counted_and_breaks_are_errors() -> None:
         torch.compile(lambda x: print(x), backend="eager", fullgraph=True)(torch.ones(2))
 
 
-@pytest.mark.slow
 @breaks("convolutions would be compiled with kernels as large as the image")
 def test_the_compiler_runs_our_graph_pass_and_keeps_graphs() -> None:
+    """Inductor, but for the building of its code, which takes long."""
+    from functorch.compile import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    def inductor(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx(module, inputs, inner_compile=lambda graph, *_, **__: make_boxed_func(graph.forward))
+
     graphs = []
 
     class Pass(compat.CustomGraphPass):
@@ -51,7 +58,7 @@ def test_the_compiler_runs_our_graph_pass_and_keeps_graphs() -> None:
     torch._dynamo.reset()
     x = torch.rand(3, requires_grad=True)
     with compat.compiling(Pass()):
-        y = torch.compile(lambda x: x.sin().exp(), fullgraph=True)(x)
+        y = torch.compile(lambda x: x.sin().exp(), backend=inductor, fullgraph=True)(x)
     for _ in range(2):
         y.sum().backward(retain_graph=True)
     assert graphs
