@@ -47,7 +47,7 @@ def test_networks_and_images_in_channels_last(norm: str, attack: str) -> None:
 
 @pytest.mark.parametrize(
     ("norm", "eps", "classes"),
-    [*(("linf", 0.03, classes) for classes in (2, 3, 4, 12)), ("l2", 0.25, 4)],
+    [*(("linf", 0.03, classes) for classes in (2, 3, 12)), ("l2", 0.25, 4)],
 )
 def test_is_no_weaker_than_pgd(
     classes: int, norm: str, eps: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
