@@ -44,6 +44,8 @@ def scaled_dot_product_attention(
     **options: Any,
 ) -> Tensor:
     """`softmax(query key^T / sqrt(E)) value`; `(..., L, E)`, `(..., S, E)`, `(..., S, E_v)` -> `(..., L, E_v)`."""
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        return NotImplemented  # torch says what is wrong
     if mask is not None and mask.dtype == torch.bool:  # which the plain operator would add as it is
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     if not _serves(query, key, value, mask, causal) or dropout or options.get("enable_gqa"):

@@ -242,3 +242,12 @@ def test_what_a_boolean_mask_leaves_out_has_no_weight() -> None:
     with double_backward():
         found = F.scaled_dot_product_attention(q, q, q, mask)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, mask))
+
+
+def test_vectors_have_the_error_of_torch() -> None:
+    vector = torch.rand(4, requires_grad=True)
+    with pytest.raises(RuntimeError) as plain:
+        F.scaled_dot_product_attention(vector, vector, vector)
+    with double_backward(), pytest.raises(RuntimeError) as ours:
+        F.scaled_dot_product_attention(vector, vector, vector)
+    assert str(ours.value) == str(plain.value)
