@@ -73,9 +73,18 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, engine: str) -> list[Tenso
 
 
 def image_sized(graph: Graph) -> list[Node]:
-    """Convolutions whose kernel is larger than any layer's here."""
-    convolutions = [node for node in graph.nodes if node.target is aten.convolution.default]
-    return [node for node in convolutions if max(node.args[1].meta["val"].shape[2:]) > 3]
+    """Convolutions whose kernel, and weight gradients that are, larger than any layer's here.
+
+    Those of the grouped layer, 2 to 3 channels each, are cut after they are joined.
+    """
+
+    def larger(weight: Tensor | None) -> bool:
+        return weight is not None and max(weight.shape[2:]) > (4 if weight.shape[:2] == (3, 2) else 3)
+
+    convolutions = graph.find_nodes(op="call_function", target=aten.convolution.default)
+    backwards = graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
+    found = [node for node in convolutions if larger(node.args[1].meta["val"])]
+    return [*found, *(node for node in backwards if larger(node.meta["val"][1]))]
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
