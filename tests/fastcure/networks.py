@@ -171,6 +171,10 @@ def rounding(dtype: torch.dtype, length: int, condition: float = 1.0) -> float:
     return 4 * condition * length**0.5 * torch.finfo(dtype).eps
 
 
+IN_FLOAT64 = rounding(torch.float64, 10_000, condition=10)
+"""Of two ways to one result of a small network: none of its sums is longer, and what cancels costs a digit."""
+
+
 def cancellation(case: Case, penalty: Tensor) -> float:
     """||g|| / ||d|| over the batch: by how much the difference d of two gradients g magnifies their rounding."""
     x = case.x.clone().requires_grad_()

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from hessians import hessians, quadratic
-from networks import NETWORKS, Case, make, relative
+from networks import IN_FLOAT64, NETWORKS, Case, make, relative
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -82,9 +82,9 @@ def test_a_quadratic_agrees_to_rounding() -> None:
     truth = (z @ made.A).norm(dim=1)
     exact, finite = {"loss_fn": made.loss}, {"loss_fn": made.loss, "method": "finite", "h": 0.7}
     for options in (exact, finite):
-        torch.testing.assert_close(curvature_along_gradient(*case, **options).value, truth, rtol=1e-12, atol=0)
+        torch.testing.assert_close(curvature_along_gradient(*case, **options).value, truth, rtol=IN_FLOAT64, atol=0)
     one, other = (frobenius_norm(*case, generator=seeded(), **options) for options in (exact, finite))
-    torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+    torch.testing.assert_close(one, other, rtol=IN_FLOAT64, atol=0)
     assert float(((one.value - made.A.norm()) / one.standard_error).abs().max()) < 4
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, Case, cancellation, make, relative, rounding
+from networks import IN_FLOAT64, NETWORKS, Case, cancellation, make, relative, rounding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,7 +72,7 @@ def test_the_definitions_on_a_linear_network_by_hand() -> None:
         v = torch.randn_like(x)
         along = (g(x + h * v) - g(x)).square().sum(1)
         given = curvature(model, x, y, h, engine=engine, direction=v).penalty
-        torch.testing.assert_close(given, along, rtol=1e-12, atol=0)
+        torch.testing.assert_close(given, along, rtol=IN_FLOAT64, atol=0)
 
 
 @pytest.mark.parametrize("engine", ["eager", "reference"])

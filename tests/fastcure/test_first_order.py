@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative
+from networks import IN_FLOAT64, NETWORKS, Case, make, relative
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -48,7 +48,7 @@ def test_the_loss_alone_has_its_exact_gradient() -> None:
     for engine in ("first_order", "reference"):
         out = curvature(*case, engine=engine)
         grads.append(torch.autograd.grad(out.loss.sum(), list(case.model.parameters())))
-    assert relative(*grads) < 1e-12
+    assert relative(*grads) < IN_FLOAT64
 
 
 def test_retain_graph_serves_two_backwards() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, Case, Checkpointed, make, relative, rounding
+from networks import IN_FLOAT64, NETWORKS, Case, Checkpointed, make, relative, rounding
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,7 +139,7 @@ def test_a_training_forward_before_the_backward_changes_nothing() -> None:
     out = CURE(model, H, GAMMA, fraction=0.5)(case.x, case.y)
     model(case.x * 3)
     out.total.backward()
-    assert relative([p.grad for p in model.parameters() if p.grad is not None], wanted) < 1e-12
+    assert relative([p.grad for p in model.parameters() if p.grad is not None], wanted) < IN_FLOAT64
 
 
 def test_a_gradient_that_the_rest_would_lose_is_an_error() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative
+from networks import IN_FLOAT64, NETWORKS, Case, make, relative
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,14 +49,14 @@ def test_it_is_the_loss_of_an_ordinary_forward_there(batch_stats: str) -> None:
 def test_the_first_order_engine_takes_it_there_as_well() -> None:
     case = make(NETWORKS["mlp-softplus"], 5, seed=3)
     ours, truth = (gradients(case, engine=engine) for engine in ("first_order", "reference"))
-    assert relative(ours[0], truth[0]) < 1e-12
+    assert relative(ours[0], truth[0]) < IN_FLOAT64
     for value, wanted in zip(ours[2], truth[2], strict=True):
         assert relative(value, wanted) < 1e-4
     alone = curvature(*case, h=0.7, loss_at="step", engine="first_order").loss.sum()
     exact = curvature(*case, h=0.7, loss_at="step", engine="reference").loss.sum()
     parameters = list(case.model.parameters())
     for value, wanted in zip(*(torch.autograd.grad(loss, parameters) for loss in (alone, exact)), strict=True):
-        assert relative(value, wanted) < 1e-12
+        assert relative(value, wanted) < IN_FLOAT64
 
 
 def test_the_reference_is_the_definition() -> None:
@@ -77,7 +77,7 @@ def test_in_parts() -> None:
         out.total.backward()
         totals.append([out.total.detach(), out.loss.detach(), *(p.grad for p in model.parameters())])
     for whole, parts in zip(*totals, strict=True):
-        assert relative(parts, whole) < 1e-12
+        assert relative(parts, whole) < IN_FLOAT64
 
 
 def test_what_does_not_go_together_is_said() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, Case, make, relative
+from networks import IN_FLOAT64, NETWORKS, Case, make, relative
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -23,7 +23,7 @@ def test_equals_the_whole_batch(name: str, batch_stats: str, microbatch: int) ->
     case = make(NETWORKS[name], 7, seed=0)
     whole, truth = step(case, batch_stats=batch_stats)
     parts, ours = step(case, batch_stats=batch_stats, microbatch=microbatch)
-    assert relative(ours, truth) < 1e-12
+    assert relative(ours, truth) < IN_FLOAT64
     torch.testing.assert_close(tuple(parts), tuple(whole))
 
 
@@ -75,7 +75,7 @@ def test_hooks_fire_once_and_a_scaled_total_scales() -> None:
     case.model[0].weight.register_hook(seen.append)
     (2 * CURE(case.model, 0.7, 3.0, microbatch=2)(case.x, case.y).total).backward()
     assert len(seen) == 1
-    assert relative([p.grad for p in case.model.parameters()], [2 * g for g in truth]) < 1e-12
+    assert relative([p.grad for p in case.model.parameters()], [2 * g for g in truth]) < IN_FLOAT64
 
 
 def test_each_part_takes_its_own_step_lengths() -> None:
@@ -123,7 +123,7 @@ def test_parameters_that_share_one_gradient() -> None:
             case.model.zero_grad()
             CURE(case.model, gamma=gamma, microbatch=microbatch)(case.x, case.y).total.backward()
             found.append([p.grad for p in case.model.parameters()])
-        assert relative(*found) < 1e-12
+        assert relative(*found) < IN_FLOAT64
 
 
 def test_a_part_that_is_the_whole_batch_is_the_whole_batch() -> None:

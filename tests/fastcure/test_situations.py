@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import NETWORKS, Case, Checkpointed, make, relative
+from networks import IN_FLOAT64, NETWORKS, Case, Checkpointed, make, relative
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
@@ -175,7 +175,7 @@ def test_randomness_in_evaluation_mode_is_an_error(case: Case, layer: nn.Module,
 @pytest.mark.filterwarnings("ignore:loss and penalty are computed in evaluation mode")
 def test_random_numbers_that_change_nothing_are_allowed(case: Case) -> None:
     model = nn.Sequential(Noise(0.0), nn.Dropout(0.5), *case.model)
-    assert relative(gradients(Case(model, case.x, case.y)), gradients(case)) < 1e-12
+    assert relative(gradients(Case(model, case.x, case.y)), gradients(case)) < IN_FLOAT64
 
 
 @pytest.mark.parametrize("scale", [255, -1, 1.1])
@@ -278,7 +278,7 @@ def test_microbatches_free_their_gradients(case: Case) -> None:
     total.backward(retain_graph=True)
     once = [p.grad.clone() for p in case.model.parameters()]
     total.backward()
-    assert relative([p.grad for p in case.model.parameters()], [2 * g for g in once]) < 1e-12
+    assert relative([p.grad for p in case.model.parameters()], [2 * g for g in once]) < IN_FLOAT64
     assert state.state is None
     with pytest.raises(RuntimeError, match="retain_graph=True keeps it"):
         total.backward()
