@@ -30,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0, 1 if it met a NaN, 2 for bad input, 130 or 143 when stopped, 141 when nobody reads its output.
     """
     parser = make_parser()
-    arguments = vars(parser.parse_args(argv))
+    try:
+        arguments = vars(parser.parse_args(argv))
+    except BrokenPipeError:  # of --help; newer versions of argparse pass over it
+        return CLOSED_PIPE
+    except OSError as error:
+        return fail(error, 2)
     of_command: argparse.ArgumentParser = arguments.pop("parser")
     for name, value in arguments.items():
         if value == []:  # of Python 3.11 and `--name=--`

@@ -35,6 +35,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ("(sleep 0.1; exec $FASTCURE env) | true", 141, ""),
         ("(sleep 0.1; exec $FASTCURE --help) | true", 141, ""),
         ("$FASTCURE env > /dev/full", 2, "fastcure: error: [Errno 28] No space left on device\n"),
+        ("$FASTCURE --help > /dev/full", 2, "fastcure: error: [Errno 28] No space left on device\n"),
         ("$FASTCURE env 2>&-", 0, ""),
         ("$FASTCURE report nowhere 2>/dev/full", 2, ""),
         ("$FASTCURE report nowhere --out=out 0<&- >&- 2>&-", 2, ""),
