@@ -21,7 +21,9 @@ STEPS: dict[str, Step] = {
     "standard": standard,
     "cure": cure("auto"),
     "cure, train": cure("auto", "train"),
+    "cure, train, compiled": cure("compile", "train"),
     "cure, train, 1/4, at FGSM": cure("auto", "train", fraction=0.25, loss_at="step"),
+    "cure, train, 1/4, at FGSM, compiled": cure("compile", "train", fraction=0.25, loss_at="step"),
 }
 ROWS: list[dict[str, object]] = []
 
@@ -46,6 +48,6 @@ def test_precision(benchmark: pytest.FixtureRequest, workload: Workload) -> None
         row: dict[str, object] = {"model": workload.model, "batch": workload.batch, "step": title}
         row |= {"dtype": str(amp).removeprefix("torch."), "milliseconds": round(seconds * 1e3, 3)}
         row |= {name: round(seconds / times[base], 3) for name, base in ratios.items()}
-        print("  {step:<28} {dtype:<9} {milliseconds:9.1f} ms  {ratio_to_standard_float32:6.2f} standard".format(**row))
+        print("  {step:<36} {dtype:<9} {milliseconds:9.1f} ms  {ratio_to_standard_float32:6.2f} standard".format(**row))
         ROWS.append(row)
     write(f"precision-{DEVICE.type}", ROWS, DEVICE, by="step")

@@ -112,10 +112,14 @@ class FunctionalLoss:
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(logits, loss (B,))` of one forward."""
         logits, loss = functional_call(self.module, self.state, (x, y))
-        if self._tracked and not self._updated:
-            updated = clones(self.state[name] for name in self._tracked)
-            self._updated = dict(zip(self._tracked, updated, strict=True))
+        self.track(self.state)
         return logits, loss
+
+    def track(self, state: Mapping[str, Tensor]) -> None:
+        """Remember what the first pass has made of the buffers of the modules `tracking`; later ones do not count."""
+        if self._tracked and not self._updated:
+            updated = clones(state.get(name, self.state[name]) for name in self._tracked)
+            self._updated = dict(zip(self._tracked, updated, strict=True))
 
     def to(self, dtype: torch.dtype) -> FunctionalLoss:
         """Return the same in another floating-point dtype; `leaves` finds the same parameters."""

@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcure.engines._loss_only import engine_of
 from fastcure.engines.base import Engine, Evaluation, Request
-from fastcure.engines.eager import Eager
 
 FACTOR = 4.0
 """Times the eager engine's own error: another order of the same sums has another one, of that size."""
 POINTS = 4
 SAMPLES = 8
-"""Samples that take part at all points but the last: in float64 a step needs more memory, and on many GPUs far more
-time."""
+"""Samples that take part at all points but the last, where none depends on the others: in float64 a step needs more
+memory, and on many GPUs far more time."""
 
 Gradients = dict[int, Tensor]
 """By the parameters' ids; those that are not there are zero."""
@@ -40,7 +40,7 @@ class Eagerly(NamedTuple):
     """Of the error of `own`, to be that of the dtype of the run."""
 
 
-def check(region: Callable[[Tensor], tuple[Evaluation, Tensor]], request: Request, engine: Engine) -> bool:
+def check(region: Callable[[Tensor], tuple[Evaluation, Tensor | None]], request: Request, engine: Engine) -> bool:
     """Compare a compiled region with the eager engine.
 
     Args:
@@ -56,7 +56,8 @@ def check(region: Callable[[Tensor], tuple[Evaluation, Tensor]], request: Reques
     """
     eps = torch.finfo(_computed_in(request)).eps
     own_errors, least = [0.0, 0.0], torch.inf
-    for x, count in _points(request.x.detach()):
+    samples = len(request.x) if any(module.training for module in request.model.modules()) else SAMPLES
+    for x, count in _points(request.x.detach(), samples):
         evaluation, z = region(x)
         ours = _gradients(engine, evaluation, count)
         found = _eagerly(request, x, z, count)
@@ -81,10 +82,10 @@ def check(region: Callable[[Tensor], tuple[Evaluation, Tensor]], request: Reques
     )
 
 
-def _points(x: Tensor) -> Iterator[tuple[Tensor, int]]:
+def _points(x: Tensor, samples: int) -> Iterator[tuple[Tensor, int]]:
     """Yield points, and how many samples take part there; at the last one all, should they depend on each other."""
     generator = torch.Generator().manual_seed(0)
-    count = min(len(x), SAMPLES)
+    count = min(len(x), samples)
     yield x, count
     for i in range(1, POINTS):
         noise = torch.rand(x.shape, generator=generator).to(x) - 0.5
@@ -96,14 +97,17 @@ def _computed_in(request: Request) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else request.x.dtype
 
 
-def _eagerly(request: Request, x: Tensor, z: Tensor, count: int) -> Eagerly:
+def _eagerly(request: Request, x: Tensor, z: Tensor | None, count: int) -> Eagerly:
     h = request.h[:count] if isinstance(request.h, Tensor) and request.h.dim() else request.h
-    part = request.of(request.functional, x=x[:count], y=request.y[:count], h=h, direction=z[:count])
+    direction = None if z is None else z[:count]
+    part = request.of(request.functional, x=x[:count], y=request.y[:count], h=h, direction=direction)
+
+    engine = engine_of(part)
 
     def gradients(dtype: torch.dtype | None) -> tuple[Gradients, Gradients]:
         wide = torch.autocast(x.device.type, enabled=False) if dtype else nullcontext()
         with wide:
-            return _gradients(Eager(), Eager().forward(_in_dtype(part, dtype) if dtype else part), count)
+            return _gradients(engine, engine.forward(_in_dtype(part, dtype) if dtype else part), count)
 
     here = gradients(None)
     other = torch.float32 if x.dtype == torch.float64 else torch.float64
@@ -117,10 +121,9 @@ def _eagerly(request: Request, x: Tensor, z: Tensor, count: int) -> Eagerly:
 
 
 def _in_dtype(request: Request, dtype: torch.dtype) -> Request:
-    assert request.direction is not None
     y = request.y.to(dtype) if request.y.is_floating_point() else request.y
-    functional, x, z = request.functional.to(dtype), request.x.to(dtype), request.direction.to(dtype)
-    return request.of(functional, x=x, y=y, direction=z)
+    direction = None if request.direction is None else request.direction.to(dtype)
+    return request.of(request.functional.to(dtype), x=request.x.to(dtype), y=y, direction=direction)
 
 
 def _gradients(engine: Engine, evaluation: Evaluation, count: int) -> tuple[Gradients, Gradients]:

@@ -42,15 +42,12 @@ class Folding:
             """What another module has too must stay what it is."""
             return all(uses[id(t)] == 1 for module in modules for t in (*module.parameters(), *module.buffers()))
 
-        folds = [(f.layer, f.norm) for f in folds_of(model) if f.norm.bias is not None and own(f.layer, f.norm)]
+        pairs = [(fold.layer, fold.norm) for fold in folds_of(model) if _by_given_statistics(fold.norm)]
+        folds = [(layer, norm) for layer, norm in pairs if own(layer, norm)]
         self.folds = [(names[layer], names[norm]) for layer, norm in folds]
         taken = {norm for _, norm in folds}
-        left = (
-            [m for m in names if type(m) in NORMS and m not in taken and has_statistics(m) and plain(m)]
-            if norms
-            else []
-        )
-        left = [norm for norm in left if norm.bias is not None and own(norm)]
+        others = [m for m in names if norms and type(m) in NORMS and m not in taken and plain(m)]
+        left = [norm for norm in others if _by_given_statistics(norm) and own(norm)]
         self.norms = [names[norm] for norm in left]
         # By weak references: this is kept for as long as the model lives, and any module may refer to its root.
         self.forwards: Forwards = {ref(norm): _shifted(ref(norm), layer.bias is not None) for layer, norm in folds}
@@ -91,17 +88,22 @@ class Folding:
             new[f"{norm}.running_var"] = state[f"{norm}.running_var"] * 3
         return new
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Give the batch norms their forwards."""
-        living = [(module, forward) for norm, forward in self.forwards.items() if (module := norm()) is not None]
-        try:
-            for module, forward in living:
-                module.forward = forward
-            yield
-        finally:
-            for module, _ in living:
-                vars(module).pop("forward", None)
+
+@contextmanager
+def applied(forwards: Forwards) -> Iterator[None]:
+    """Give modules other forwards."""
+    living = [(module, forward) for reference, forward in forwards.items() if (module := reference()) is not None]
+    try:
+        for module, forward in living:
+            module.forward = forward
+        yield
+    finally:
+        for module, _ in living:
+            vars(module).pop("forward", None)
+
+
+def _by_given_statistics(norm: Any) -> bool:
+    return not norm.training and has_statistics(norm) and norm.bias is not None
 
 
 def _shifted(reference: ref[Any], biased: bool) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from fastcure._folding.layers import folded_layers
 from fastcure._functional import FunctionalLoss, evaluation_mode, input_gradient
 from fastcure._model_lock import one_thread
 from fastcure.engines.base import Evaluation, Graph, GraphEngine, Request, evaluation
-from fastcure.engines.eager import second_point
+from fastcure.engines.eager import Eager, second_point
 from fastcure.rules.context import fused_norms
 
 
@@ -61,3 +61,8 @@ class LossOnly(GraphEngine):
         """Differentiate the weighted loss; what activation checkpointing recomputes here, in evaluation mode."""
         with one_thread(state.functional.module), evaluation_mode(state.functional.module):
             return super().backward(state.graph, w_loss, w_penalty, retain=retain)
+
+
+def engine_of(request: Request) -> GraphEngine:
+    """Return the eager engine of a part, penalised or not."""
+    return Eager() if request.penalised else LossOnly()

@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,15 +19,38 @@ from fastcure._functional import LossFn, find_logits, loss_scale
 from fastcure._torch_compat import compiled_graphs, compiling, graph_break_error
 from fastcure._weak import weakly
 from fastcure.engines._compile_check import check
-from fastcure.engines._compile_folding import Folding
+from fastcure.engines._compile_folding import Folding, applied
+from fastcure.engines._compile_norms import TrainingNorms
+from fastcure.engines._loss_only import engine_of
 from fastcure.engines.base import Evaluation, GraphEngine, Request, evaluation, twice_differentiable
-from fastcure.engines.eager import Eager, lengths, root
+from fastcure.engines.eager import lengths, root
 from fastcure.reference import unit_sign
 from fastcure.rules.second_derivatives import PLAIN_ATTENTION, Twice, missing_derivatives
 
 logger = logging.getLogger("fastcure")
-Compiled = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-"""Returns logits, loss, penalty and the direction z."""
+
+
+class Outputs(NamedTuple):
+    """What a compiled region returns."""
+
+    logits: Tensor
+    loss: Tensor
+    penalty: Tensor
+    direction: Tensor | None
+    """z, if it was wanted."""
+    moved: dict[str, Tensor]
+    """Running statistics after the pass at x."""
+
+
+Compiled = Callable[..., Outputs]
+
+
+class Program(NamedTuple):
+    """A compiled region, and the forwards of modules that were compiled into it."""
+
+    run: Compiled
+    folding: Folding
+    norms: TrainingNorms
 
 
 class Compile(GraphEngine):
@@ -38,10 +61,12 @@ class Compile(GraphEngine):
     """
 
     instead = "use engine='eager', which may have one, or 'first_order'"
+    training_norms = True
+    any_part = True
 
     def __init__(self, backend: str = "inductor") -> None:
         self.backend = backend
-        self._cache: WeakKeyDictionary[nn.Module, dict[Any, tuple[Compiled, Folding]]] = WeakKeyDictionary()
+        self._cache: WeakKeyDictionary[nn.Module, dict[Any, Program]] = WeakKeyDictionary()
 
     def forward(self, request: Request) -> Evaluation:
         """Run the compiled region; the first call of a shape compiles it and checks its gradients.
@@ -51,46 +76,41 @@ class Compile(GraphEngine):
                 where an operator of its own has no second derivative that the compiler sees).
         """
         if not request.differentiable:
-            return Eager().forward(request)
+            return engine_of(request).forward(request)
         functional, x, y = request.functional, request.x.detach(), request.y
-        power, stepped, direction = request.power, request.loss_at == "step", request.direction
         length = lengths(request.h, x)
         programs = self._cache.setdefault(functional.model, {})
         autocast, scale = torch.is_autocast_enabled(x.device.type), loss_scale(x.device)
-        folding = Folding(functional.model, norms=not autocast)
+        folding, norms = Folding(functional.model, norms=not autocast), TrainingNorms(functional.module)
+        kind = request.power, request.loss_at == "step", request.penalised
         key = (
-            *(
-                weakly(functional.module.loss_fn),
-                power,
-                stepped,
-                direction is None,
-                tuple(functional.state),
-                folding.key,
-            ),
-            *(x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast, scale),
+            *(weakly(functional.module.loss_fn), kind, request.direction is None, tuple(functional.state)),
+            *(folding.key, *norms.forwards, x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast, scale),
         )
         fresh = key not in programs
         if fresh:
             _refuse_modules_of_two_names(functional.model)
-            programs[key] = _compile(self.backend, power, stepped, x.device, scale), folding
-        program, folding = programs[key]  # with the very forwards that were compiled
-        direction = None if direction is None else direction.detach()
+            programs[key] = Program(_compile(self.backend, *kind, norms, x.device, scale), folding, norms)
+        program = programs[key]  # with the very forwards that were compiled
+        direction = None if request.direction is None else request.direction.detach()
 
-        def run(x: Tensor) -> tuple[Evaluation, Tensor]:
+        def run(x: Tensor) -> tuple[Evaluation, Tensor | None]:
             states: dict[str, dict[str, Tensor]] = {"model": {}, "loss_fn": {}}
             for name, tensor in functional.state.items():
                 owner, _, rest = name.partition(".")
                 states[owner][rest] = tensor
-            model_state = folding.state(functional.model, states["model"])
-            with folding.applied(), warnings.catch_warnings():
+            model_state = program.folding.state(functional.model, states["model"])
+            forwards = applied({**program.folding.forwards, **program.norms.forwards})
+            with forwards, warnings.catch_warnings():
                 # The compiler looks at `.grad` of weights that are folded.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
                 # Inductor imports parts of torch that torch itself calls deprecated.
                 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning, r"torch\.jit\.")
-                logits, loss, penalty, z = program(
+                logits, loss, penalty, z, moved = program.run(
                     *(functional.model, model_state, functional.module.loss_fn, states["loss_fn"]),
                     *(x, y, length, direction),
                 )
+            functional.track(moved)
             return evaluation(logits, loss, penalty, functional.leaves(loss, penalty, inputs=())), z
 
         compiled = compiled_graphs()
@@ -109,7 +129,8 @@ class Compile(GraphEngine):
         logger.warning("fastcure: compiling %s for %s ...", type(functional.model).__name__, tuple(x.shape))
         try:
             result, _ = run(x)
-            for state in (kept, _disturbed(kept, folding)) if folding.forwards else (kept,):
+            disturbed = program.folding.folds or program.folding.norms
+            for state in (kept, _disturbed(kept, program.folding)) if disturbed else (kept,):
                 functional.state = state
                 if not check(run, request, self):
                     logger.warning("fastcure: gradients are not finite, so the compiled step was not checked")
@@ -146,7 +167,9 @@ def _refuse_modules_of_two_names(model: nn.Module) -> None:
         names.setdefault(module, name)
 
 
-def _compile(backend: str, power: int, stepped: bool, device: torch.device, scale: float) -> Compiled:
+def _compile(
+    backend: str, power: int, stepped: bool, penalised: bool, norms: TrainingNorms, device: torch.device, scale: float
+) -> Compiled:
     """Return the compiled region, a code object of its own: torch keeps its compilations by code object."""
     if backend == "inductor" and device.type == "cpu" and not has_compiler():
         raise RuntimeError(
@@ -154,7 +177,7 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device, scal
         )
     from fastcure.engines._compile_rewrite import Rewrite
 
-    def penalty(
+    def region(
         model: nn.Module,
         model_state: dict[str, Tensor],
         loss_fn: LossFn,
@@ -164,30 +187,38 @@ def _compile(backend: str, power: int, stepped: bool, device: torch.device, scal
         h: Tensor,
         z: Tensor | None,
     ) -> Any:
-        def summed(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def summed(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, dict[str, Tensor]]]:
             logits = find_logits(functional_call(model, model_state, (point,)))
             if isinstance(loss_fn, nn.Module):
                 loss = functional_call(loss_fn, loss_state, (logits, y))
             else:
                 loss = loss_fn(logits, y)
-            return (loss.sum() if scale == 1 else loss.sum() * scale), (logits, loss)
+            return (loss.sum() if scale == 1 else loss.sum() * scale), (logits, loss, norms.taken())
 
-        g, (logits, loss) = torch.func.grad(summed, has_aux=True)(x)
+        if not (penalised or stepped):
+            _, (logits, loss, moved) = summed(x)
+            return logits.detach(), loss, torch.zeros_like(loss), z, moved
+        g, (logits, loss, moved) = torch.func.grad(summed, has_aux=True)(x)
         direction = unit_sign(g.detach()) if z is None else z
-        g_step, (_, loss_step) = torch.func.grad(summed, has_aux=True)(x + h * direction)
+        step = x + h * direction
+        if not penalised:
+            _, (_, loss, _) = summed(step)
+            return logits.detach(), loss, torch.zeros_like(loss), direction, moved
+        g_step, (_, loss_step, _) = torch.func.grad(summed, has_aux=True)(step)
         d = g_step - g if scale == 1 else (g_step - g) / scale
         squared = (d if d.dtype == torch.float64 else d.float()).square().flatten(1).sum(1)
         loss = loss_step if stepped else loss
-        return logits.detach(), loss, root(squared) if power == 1 else squared, direction
+        return logits.detach(), loss, root(squared) if power == 1 else squared, direction, moved
 
-    code = penalty.__code__
-    penalty.__code__ = code.replace(co_name=f"penalty_{id(penalty)}")
-    program = torch.compile(penalty, backend=backend, dynamic=False, fullgraph=True)
+    code = region.__code__
+    region.__code__ = code.replace(co_name=f"region_{id(region)}")
+    program = torch.compile(region, backend=backend, dynamic=False, fullgraph=True)
 
-    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(*arguments: Any) -> Outputs:
+        norms.taken()  # of a pass that failed
         with compiling(Rewrite()), PLAIN_ATTENTION, missing_derivatives(Compile.instead):
             try:
-                return program(*arguments)
+                return Outputs(*program(*arguments))
             except graph_break_error() as error:
                 reason = str(error).splitlines()[0]
                 raise RuntimeError(

@@ -19,9 +19,8 @@ from fastcure._cuda_graphs import Captures, CudaRecorder, Memory, Recorder, key_
 from fastcure._folding.layers import replayed
 from fastcure._functional import clones, copy_into
 from fastcure._torch_compat import version
-from fastcure.engines._loss_only import LossOnly
+from fastcure.engines._loss_only import engine_of
 from fastcure.engines.base import Engine, Evaluation, GraphEngine, Request
-from fastcure.engines.eager import Eager
 
 
 class CudaGraph(Engine):
@@ -77,11 +76,6 @@ class Eagerly(NamedTuple):
 
     engine: GraphEngine
     state: Any
-
-
-def engine_of(request: Request) -> GraphEngine:
-    """Return the engine whose passes are captured."""
-    return Eager() if request.penalised else LossOnly()
 
 
 def eagerly(request: Request) -> Evaluation:

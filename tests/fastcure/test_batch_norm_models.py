@@ -82,10 +82,10 @@ def test_a_training_forward_in_between_changes_no_gradient(watched: tuple) -> No
         assert relative(ours, theirs) < rounding(torch.float64, x.numel())
 
 
-@pytest.mark.parametrize("engine", ["compile", "first_order"])
-def test_other_engines_say_so(watched: tuple, engine: str) -> None:
-    with pytest.raises(ValueError, match=f"among 'auto', 'eager', 'cuda_graph', 'reference', got '{engine}'"):
-        curvature(*watched, batch_stats="train", engine=engine)
+def test_the_estimate_says_so(watched: tuple) -> None:
+    able = "among 'auto', 'eager', 'compile', 'cuda_graph', 'reference', got 'first_order'"
+    with pytest.raises(ValueError, match=able):
+        curvature(*watched, batch_stats="train", engine="first_order")
 
 
 def test_synchronised_norms_have_no_double_backward() -> None:

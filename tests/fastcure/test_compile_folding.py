@@ -90,7 +90,7 @@ def test_it_is_exact_and_follows_the_model(aot_eager: Any, name: str) -> None:
     model, x, y = make().double(), torch.rand(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 1])
     model.train()(x)
     prepare(model, x)
-    found = Folding(model, norms=True)
+    found = Folding(model.eval(), norms=True)
     assert (len(found.folds), len(found.norms)) == (folds, norms)
     for _ in range(2):
         assert relative(gradients(model, x, y, "compile"), gradients(model, x, y, "reference")) < 1e-10

@@ -37,7 +37,7 @@ from fastcure.models import MODELS, resnet8
         (["--fraction", "0"], "fraction must be in (0, 1], 1 for a penalty on every sample, got 0"),
         (["--h-unit", "px"], "h_unit must be one of eps, l2, got 'px'"),
         (["--batch-stats", "train", "--microbatch", "8"], "microbatch must be None with batch_stats='train'"),
-        (["--batch-stats", "train", "--engine", "compile"], "batch_stats='train' must have an engine among"),
+        (["--batch-stats", "train", "--engine", "first_order"], "batch_stats='train' must have an engine among"),
         (["--eps", "2"], "eps must be radii in (0, 1]"),
         (
             ["--objective", "trade"],
