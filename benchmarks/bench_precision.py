@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workloads import DEVICE, Workload
 
 WORKLOADS = (
-    [Workload("resnet8", 128), Workload("resnet18", 16), Workload("resnet18", 64)]
+    [Workload("resnet8", 128), Workload("resnet18", 64), Workload("resnet18", 16)]
     if DEVICE.type == "cpu"
     else [Workload("resnet18", 128)]
 )
