@@ -115,6 +115,11 @@ class FunctionalLoss:
         self.track(self.state)
         return logits, loss
 
+    @property
+    def tracked(self) -> dict[str, Tensor]:
+        """The copies of the buffers that `track` remembers."""
+        return {name: self.state[name] for name in self._tracked}
+
     def track(self, state: Mapping[str, Tensor]) -> None:
         """Remember what the first pass has made of the buffers of the modules `tracking`; later ones do not count."""
         if self._tracked and not self._updated:

@@ -229,11 +229,11 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def graph_break_error() -> type[Exception]:
-    """Return what torch raises where `fullgraph=True` cannot be kept."""
+def graph_break_errors() -> tuple[type[Exception], ...]:
+    """Return what torch raises where `fullgraph=True` cannot be kept, and where what it traces fails."""
     import torch._dynamo
 
-    return torch._dynamo.exc.Unsupported
+    return torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError
 
 
 def compiling(graph_pass: Any) -> AbstractContextManager[object]:

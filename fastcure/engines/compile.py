@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastcure._functional import LossFn, find_logits, loss_scale
-from fastcure._torch_compat import compiled_graphs, compiling, graph_break_error
+from fastcure._torch_compat import compiled_graphs, compiling, graph_break_errors, version
 from fastcure._weak import weakly
 from fastcure.engines._compile_check import check
 from fastcure.engines._compile_folding import Folding, applied
@@ -85,7 +85,18 @@ class Compile(GraphEngine):
         kind = request.power, request.loss_at == "step", request.penalised
         key = (
             *(weakly(functional.module.loss_fn), kind, request.direction is None, tuple(functional.state)),
-            *(folding.key, *norms.forwards, x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast, scale),
+            *(
+                folding.key,
+                *norms.forwards,
+                x.shape,
+                x.dtype,
+                x.device,
+                y.shape,
+                y.dtype,
+                length.shape,
+                autocast,
+                scale,
+            ),
         )
         fresh = key not in programs
         if fresh:
@@ -99,6 +110,7 @@ class Compile(GraphEngine):
             for name, tensor in functional.state.items():
                 owner, _, rest = name.partition(".")
                 states[owner][rest] = tensor
+            versions = {name: version(buffer) for name, buffer in functional.tracked.items()}
             model_state = program.folding.state(functional.model, states["model"])
             forwards = applied({**program.folding.forwards, **program.norms.forwards})
             with forwards, warnings.catch_warnings():
@@ -110,6 +122,12 @@ class Compile(GraphEngine):
                     *(functional.model, model_state, functional.module.loss_fn, states["loss_fn"]),
                     *(x, y, length, direction),
                 )
+            for name, buffer in functional.tracked.items():
+                if name not in moved and version(buffer) != versions[name]:
+                    raise RuntimeError(
+                        f"engine='compile' cannot take a model that moves {name} otherwise than by calling its batch "
+                        "norm: use engine='eager'"
+                    )
             functional.track(moved)
             return evaluation(logits, loss, penalty, functional.leaves(loss, penalty, inputs=())), z
 
@@ -219,11 +237,11 @@ def _compile(
         with compiling(Rewrite()), PLAIN_ATTENTION, missing_derivatives(Compile.instead):
             try:
                 return Outputs(*program(*arguments))
-            except graph_break_error() as error:
-                reason = str(error).splitlines()[0]
+            except graph_break_errors() as error:
+                said = str(error).split("Hint:")[0].split("Developer debug context:")[0]
                 raise RuntimeError(
-                    f"engine='compile' needs a model that torch.compile takes whole, and this one breaks its graph "
-                    f"({reason}): use engine='eager'"
+                    f"engine='compile' needs a model that torch.compile takes whole, and it does not take this one "
+                    f"({' '.join(said.split())[:500]}): use engine='eager'"
                 ) from error
 
     return run

@@ -159,8 +159,24 @@ def test_a_model_that_breaks_the_graph_is_one_clear_error(aot_eager: object) -> 
             torch._dynamo.graph_break()
             return super().forward(x)
 
-    with pytest.raises(RuntimeError, match=r"takes whole, and this one breaks its graph.*use engine='eager'"):
+    with pytest.raises(
+        RuntimeError, match=r"takes whole, and it does not take this one \(Call to .*use engine='eager'"
+    ):
         curvature(Breaks(3, 3), torch.rand(2, 3), torch.tensor([0, 1]), engine="compile")
+
+
+def test_a_model_that_changes_its_buffers_is_one_clear_error(aot_eager: object) -> None:
+    class Counts(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match=r"does not take this one \(.*in-place operation.*use engine='eager'$"):
+        curvature(Counts(), torch.rand(2, 3), torch.tensor([0, 1]), engine="compile")
 
 
 def test_an_operator_of_ones_own_is_right_or_an_error(aot_eager: object) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import NETWORKS, Case, make, relative, rounding
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastcure import CURE, curvature
 
@@ -146,6 +147,23 @@ def test_a_norm_with_a_forward_of_its_own_is_refused(aot_eager: Any) -> None:
     ):
         curvature(*case, engine="compile", batch_stats="train")
     assert all(torch.equal(t, before[name]) for name, t in case.model.state_dict().items())
+
+
+def test_statistics_that_another_module_moves_are_refused(aot_eager: Any) -> None:
+    """The region runs it twice, and would move them twice."""
+
+    class Calls(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            moved = self.norm.running_mean, self.norm.running_var
+            return F.batch_norm(super().forward(x), *moved, training=self.norm.training).tanh()
+
+    case = Case(Calls().double(), torch.rand(5, 6, dtype=torch.float64), torch.arange(5) % 4)
+    with pytest.raises(RuntimeError, match=r"moves model\.norm\.running_\w+ otherwise than by calling its batch norm"):
+        curvature(*case, engine="compile", batch_stats="train")
 
 
 def test_one_value_a_channel_is_refused_as_by_torch(aot_eager: Any) -> None:

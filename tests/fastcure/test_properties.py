@@ -199,8 +199,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 @cases(3)
 @given(problems([torch.float64]))
 def test_compile_in_float64(problem: Problem) -> None:
-    """Without code generation; in frozen mode, as the other has no part in it."""
-    problem.options.pop("batch_stats", None)
+    """Without code generation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENGINES, "compile", Compile("aot_eager"))
         check(problem, "compile", 1e-12)

@@ -14,7 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.flop_counter import flop_registry
 
-from fastcure import curvature
+from fastcure import CURE, curvature
 from fastcure.engines import ENGINES
 from fastcure.engines._compile_rewrite import Rewrite
 from fastcure.engines.compile import Compile
@@ -135,6 +135,24 @@ def test_a_residual_network(graphs: list[Graph]) -> None:
     assert any(node.target is aten.sign.default for node in graphs[1].nodes)
     masks = [node for node in nodes if node.target is aten.le.Scalar]
     assert not [node for node in masks if node.meta["val"].dim() == 4]
+
+
+def test_a_residual_network_in_training_mode(graphs: list[Graph]) -> None:
+    """A share of the batch, the loss at the step: exact, at 12 F for half of it and 5 F for the other."""
+    torch.manual_seed(0)
+    model, x, y = resnet8().double().train(), torch.rand(4, 3, 32, 32).double(), torch.tensor([1, 2, 0, 3])
+    found = []
+    for engine in ("compile", "reference"):
+        model.zero_grad()
+        CURE(model, 0.7, engine=engine, batch_stats="train", fraction=0.5, loss_at="step")(x, y).total.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert relative(*found) < 1e-10
+
+    with torch.no_grad(), FlopCounter() as forward:
+        model.eval()(x)
+    assert len(graphs) == 4  # forward and backward of both parts
+    nodes = [node for graph in graphs for node in graph.nodes]
+    assert 8.0 < sum(map(_flops, nodes)) / forward.total <= (12.4 + 5.1) / 2
 
 
 def _flops(node: Node) -> int:

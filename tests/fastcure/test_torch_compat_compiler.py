@@ -32,8 +32,9 @@ def test_compilations_are_counted_and_breaks_are_errors() -> None:
     assert compat.compiled_graphs() == before + 1
     program(torch.ones(2))
     assert compat.compiled_graphs() == before + 1
-    with pytest.raises(compat.graph_break_error()):
-        torch.compile(lambda x: print(x), backend="eager", fullgraph=True)(torch.ones(2))
+    for code in (lambda x: print(x), lambda x: x @ x):
+        with pytest.raises(compat.graph_break_errors()):
+            torch.compile(code, backend="eager", fullgraph=True)(torch.ones(2, 3))
 
 
 @breaks("convolutions would be compiled with kernels as large as the image")
