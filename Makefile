@@ -92,7 +92,7 @@ lint: $(VENV)/installed
 # ONLY="resnet18 and 128" for the benchmarks whose names hold both: on a GPU there are many, and each compiles.
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/cost.py
-	$(KEEP) $(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" --benchmark-disable-gc -W default -k "$(ONLY)"
+	$(KEEP) $(BIN)/python -m pytest benchmarks -s -o python_files="bench_*.py" -o timeout=3600 -o faulthandler_timeout=3660 --benchmark-disable-gc -W default -k "$(ONLY)"
 
 # Pages and API reference, as static files in site/. A warning is an error, and nothing is loaded from the network.
 docs: $(VENV)/docs-installed

@@ -41,7 +41,7 @@ def test_precision(benchmark: pytest.FixtureRequest, workload: Workload) -> None
         for title, step in STEPS.items()
         for amp in (torch.float32, torch.bfloat16)
     }
-    times = medians(benchmark, works, budget=60.0)
+    times = medians(benchmark, works, budget=150.0)
     print(f"\n{workload.model}, batch {workload.batch}, {DEVICE}, medians")
     for (title, amp), seconds in times.items():
         ratios = {"ratio_to_standard_float32": ("standard", torch.float32), "ratio_to_float32": (title, torch.float32)}

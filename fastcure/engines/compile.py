@@ -8,6 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -83,54 +84,15 @@ class Compile(GraphEngine):
         autocast, scale = torch.is_autocast_enabled(x.device.type), loss_scale(x.device)
         folding, norms = Folding(functional.model, norms=not autocast), TrainingNorms(functional.module)
         kind = request.power, request.loss_at == "step", request.penalised
-        key = (
-            *(weakly(functional.module.loss_fn), kind, request.direction is None, tuple(functional.state)),
-            *(
-                folding.key,
-                *norms.forwards,
-                x.shape,
-                x.dtype,
-                x.device,
-                y.shape,
-                y.dtype,
-                length.shape,
-                autocast,
-                scale,
-            ),
-        )
+        seen = x.shape, x.dtype, x.device, y.shape, y.dtype, length.shape, autocast, scale
+        loss_fn, given = weakly(functional.module.loss_fn), request.direction is not None
+        key = (loss_fn, kind, given, tuple(functional.state), folding.key, *norms.forwards, *seen)
         fresh = key not in programs
         if fresh:
             _refuse_modules_of_two_names(functional.model)
             programs[key] = Program(_compile(self.backend, *kind, norms, x.device, scale), folding, norms)
         program = programs[key]  # with the very forwards that were compiled
-        direction = None if request.direction is None else request.direction.detach()
-
-        def run(x: Tensor) -> tuple[Evaluation, Tensor | None]:
-            states: dict[str, dict[str, Tensor]] = {"model": {}, "loss_fn": {}}
-            for name, tensor in functional.state.items():
-                owner, _, rest = name.partition(".")
-                states[owner][rest] = tensor
-            versions = {name: version(buffer) for name, buffer in functional.tracked.items()}
-            model_state = program.folding.state(functional.model, states["model"])
-            forwards = applied({**program.folding.forwards, **program.norms.forwards})
-            with forwards, warnings.catch_warnings():
-                # The compiler looks at `.grad` of weights that are folded.
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-                # Inductor imports parts of torch that torch itself calls deprecated.
-                warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning, r"torch\.jit\.")
-                logits, loss, penalty, z, moved = program.run(
-                    *(functional.model, model_state, functional.module.loss_fn, states["loss_fn"]),
-                    *(x, y, length, direction),
-                )
-            for name, buffer in functional.tracked.items():
-                if name not in moved and version(buffer) != versions[name]:
-                    raise RuntimeError(
-                        f"engine='compile' cannot take a model that moves {name} otherwise than by calling its batch "
-                        "norm: use engine='eager'"
-                    )
-            functional.track(moved)
-            return evaluation(logits, loss, penalty, functional.leaves(loss, penalty, inputs=())), z
-
+        run = partial(_run, program, request, length)
         compiled = compiled_graphs()
         if fresh:
             try:
@@ -159,6 +121,35 @@ class Compile(GraphEngine):
             functional.state = kept
         logger.warning("fastcure: compiled in %.0f s", time.perf_counter() - began)
         return result
+
+
+def _run(program: Program, request: Request, length: Tensor, x: Tensor) -> tuple[Evaluation, Tensor | None]:
+    """Run a region on `x`, and return z as well, if it computes it."""
+    functional, direction = request.functional, request.direction
+    states: dict[str, dict[str, Tensor]] = {"model": {}, "loss_fn": {}}
+    for name, tensor in functional.state.items():
+        owner, _, rest = name.partition(".")
+        states[owner][rest] = tensor
+    model_state = program.folding.state(functional.model, states["model"])
+    versions = {name: version(buffer) for name, buffer in functional.tracked.items()}
+    forwards = applied({**program.folding.forwards, **program.norms.forwards})
+    with forwards, warnings.catch_warnings():
+        # The compiler looks at `.grad` of weights that are folded.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        # Inductor imports parts of torch that torch itself calls deprecated.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning, r"torch\.jit\.")
+        logits, loss, penalty, z, moved = program.run(
+            *(functional.model, model_state, functional.module.loss_fn, states["loss_fn"]),
+            *(x, request.y, length, None if direction is None else direction.detach()),
+        )
+    for name, buffer in functional.tracked.items():
+        if name not in moved and version(buffer) != versions[name]:
+            raise RuntimeError(
+                f"engine='compile' cannot take a model that moves {name} otherwise than by calling its batch norm: "
+                "use engine='eager'"
+            )
+    functional.track(moved)
+    return evaluation(logits, loss, penalty, functional.leaves(loss, penalty, inputs=())), z
 
 
 def has_compiler() -> bool:
