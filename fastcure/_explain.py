@@ -66,7 +66,7 @@ def _engine(model: nn.Module, engine: str, error: str = "") -> str:
     line = "engine: eager (exact, and it needs nothing but operators with a double backward)"
     if next((p.device.type for p in model.parameters()), "cpu") != "cpu":
         return f"{line}; steps that repeat are replayed as CUDA graphs"
-    return f'{line}; engine="compile" is 3 to 27 % faster here, after a compilation of minutes'
+    return f'{line}; engine="compile" is faster here, by up to a quarter, after a compilation of minutes'
 
 
 def _engines(tried: dict[str, str], x: Tensor, batch_stats: str) -> list[str]:
