@@ -55,7 +55,6 @@ FORWARD = BatchNormBase.forward
 def _by_the_batch(reference: ref[Any], name: str, moved: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:  # noqa: A002
         norm: Any = reference()
-        norm._check_input_dim(input)
         x, dims = wide(input), all_but_channels(input)
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
         scale = torch.rsqrt(var + norm.eps)
