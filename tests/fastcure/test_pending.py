@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from foreign import Cube
-from networks import relative
+from networks import relative, rounding
 from operators import Operators
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,7 +169,7 @@ def test_two_of_them(first: tuple[bool, bool], second: tuple[bool, bool], in_pla
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     for value, truth in zip(run(pending_sum), run(plain_sum), strict=True):
-        assert relative(value, truth) < 1e-12
+        assert relative(value, truth) < rounding(torch.float64, 100, condition=10)
 
 
 @pytest.fixture
@@ -283,4 +283,4 @@ def test_history_under_no_grad_and_without_gradients(order: int) -> None:
         t = Pending.of(x.clone().requires_grad_(), None, None, ())
         t += s
     assert not t.requires_grad
-    assert relative(F.relu(t), F.relu(2 * x + x.cos())) < 1e-12
+    assert relative(F.relu(t), F.relu(2 * x + x.cos())) < rounding(torch.float64, 1, condition=10)
