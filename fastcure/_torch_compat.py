@@ -1,5 +1,7 @@
 """Private names of torch's, each under a name that says what it is for; no other file of the package uses any.
 
+Those that the kernels use as well are in `fastcure_kernels.torch_compat`.
+
 `tests/fastcure/test_torch_compat*.py` has a canary for each, which says what broke when torch moves.
 """
 
@@ -8,9 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from fastcure_kernels.torch_compat import engine_will_execute as engine_will_execute
+from fastcure_kernels.torch_compat import tree_map as tree_map
+from fastcure_kernels.torch_compat import without_storage as without_storage
+from fastcure_kernels.torch_compat import without_torch_function as without_torch_function
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules._functions import BackwardHookFunction as BackwardHookFunction
@@ -18,24 +24,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
 
 if TYPE_CHECKING:
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
     from torch._inductor.custom_graph_pass import get_hash_for_files as get_hash_for_files
 
-SomeTensor = TypeVar("SomeTensor", bound=Tensor)
-
 # Autograd.
-
-
-def engine_will_execute(node: Any) -> bool:
-    """Tell whether the backward that runs now goes through `node`; `needs_input_grad` knows the forward alone.
-
-    Raises:
-        RuntimeError: for a leaf for whose gradient `torch.autograd.grad` was called.
-    """
-    return torch._C._will_engine_execute_node(node)
 
 
 def backward_retains_graph() -> bool:
@@ -161,10 +155,6 @@ def has_python_reducer(ddp: DistributedDataParallel) -> bool:
 
 # Subclasses of Tensor, and operators.
 
-no_torch_function: Any = torch._C._disabled_torch_function_impl
-"""As `__torch_function__` of a subclass: functions take it for a tensor, and operators alone tell it apart."""
-without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
-"""Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""
 math_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_attention_math
 """Attention in plain operators, chosen for one call: the public `sdpa_kernel` sets it for the whole process."""
 foreach_copy: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
@@ -176,12 +166,6 @@ unsafe_view = torch.ops.aten._unsafe_view.default
 hardsigmoid_in_c: Callable[..., Tensor] = torch._C._nn.hardsigmoid
 hardswish_in_c: Callable[..., Tensor] = torch._C._nn.hardswish
 """What a mode sees of the public functions, which call these."""
-
-
-def without_storage(cls: type[SomeTensor], like: Tensor, strides: bool = False) -> SomeTensor:
-    """Make a tensor of a subclass that has a shape but no memory; the public constructors all allocate."""
-    laid = like.stride() if strides else None
-    return Tensor._make_wrapper_subclass(cls, like.shape, laid, dtype=like.dtype, device=like.device)
 
 
 def is_in_place(operator: Any) -> bool:

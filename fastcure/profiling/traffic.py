@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fastcure_kernels.jit import LISTENERS
+from fastcure_kernels.split_gradient import SplitGradient
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -53,8 +54,8 @@ class TrafficCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(issubclass(kind, PendingNorm) for kind in types):
-            return NotImplemented  # it computes its values if it must, and calls plain operators
+        if any(issubclass(kind, PendingNorm | SplitGradient) for kind in types):
+            return NotImplemented  # these compute their values if they must, and call plain operators
         self._in_operator = True
         try:
             out = func(*args, **(kwargs or {}))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fastcure_kernels import batch_norm as passes
+from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
 from torch import Tensor
 
 from fastcure._torch_compat import backward_id, engine_will_execute
@@ -113,6 +114,9 @@ class _BatchNorm(torch.autograd.Function):
         save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None)
         ctx.set_materialize_grads(False)
         ctx.relu, ctx.residual, ctx.left = norm.relu, norm.y is not None, {}
+        ctx.splits = type(residual) in (Tensor, torch.nn.Parameter) and earlier_uses(residual) is not None
+        if passes.runs_as_kernels(norm.x):
+            reads_parts(ctx)
         return y, token
 
     @staticmethod
@@ -130,7 +134,8 @@ class _BatchNorm(torch.autograd.Function):
             # create_graph: the input gradient becomes a node with the rule above.
             want = wanted(ctx, 4)
             operands = token, g, x, weight, dense, stats, y, ctx.residual, ctx.eps, ctx.left
-            g_x, g_residual = _InputGradient.apply(*operands) if want[0] or want[3] else (None, None)
+            g_x, w = _InputGradient.apply(*operands) if want[0] or want[3] else (None, None)
+            g_residual = SplitGradient.of(w) if ctx.splits and want[3] else w if ctx.residual else None
             g_weight: Tensor | None = None
             g_bias: Tensor | None = None
             if any(want[1:3]):
@@ -151,11 +156,13 @@ class _BatchNorm(torch.autograd.Function):
         parameters = (
             total if need else None for total, need in zip(sums.flip(0), ctx.needs_input_grad[1:], strict=False)
         )
+        if masked is not None and ctx.splits and ctx.needs_input_grad[3]:
+            masked = SplitGradient.of(masked)
         return g_x, *parameters, masked if ctx.residual else None, through, None
 
 
 class _InputGradient(torch.autograd.Function):
-    """`q`, and with a residual `w`, its gradient."""
+    """`q`, and `w` unless that is `g`: with a residual it is its gradient."""
 
     @staticmethod
     def forward(
@@ -175,7 +182,7 @@ class _InputGradient(torch.autograd.Function):
         save(ctx, w, x, weight, dense, stats, sums, y)
         ctx.set_materialize_grads(False)
         ctx.residual, ctx.eps, ctx.left = residual, eps, left
-        return q, w if residual else None
+        return q, None if w is g else w
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, v_residual: Tensor | None) -> tuple[Any, ...]:
@@ -184,7 +191,7 @@ class _InputGradient(torch.autograd.Function):
                 refuse_batched(each)
         w, x, weight, dense, stats, w_sums, y = saved(ctx)
         if v is None:
-            return None, v_residual if v_residual is None else gate(v_residual, y), *(None,) * 8
+            return None, v_residual if v_residual is None or y is None else gate(v_residual, y), *(None,) * 8
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: g may depend on x, and that is not asked for here. What is gated may be gated again.
             g, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)

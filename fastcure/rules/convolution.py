@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fastcure_kernels.split_gradient import SplitGradient, earlier_uses
 from torch import Tensor
 
 from fastcure.rules.passes import refuse_batched, save, saved, wanted
@@ -47,6 +48,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         save(ctx, x, weight)
         ctx.geometry = geometry
+        ctx.splits = bool(earlier_uses(x))
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
@@ -54,11 +56,13 @@ class _Convolution(torch.autograd.Function):
         refuse_batched(g)
         x, weight = saved(ctx)
         want = wanted(ctx, 3)
-        if not torch.is_grad_enabled():  # all three in one call
-            return *_backward(g, x, weight, ctx.geometry, want), None
-        g_x = _InputGradient.apply(g, weight, x.detach(), ctx.geometry) if want[0] else None
-        g_weight = _WeightGradient.apply(g, x, weight.detach(), ctx.geometry) if want[1] else None
-        return g_x, g_weight, g.sum([0, *range(2, g.dim())]) if want[2] else None, None
+        if torch.is_grad_enabled():
+            g_x = _InputGradient.apply(g, weight, x.detach(), ctx.geometry) if want[0] else None
+            g_weight = _WeightGradient.apply(g, x, weight.detach(), ctx.geometry) if want[1] else None
+            g_bias = g.sum([0, *range(2, g.dim())]) if want[2] else None
+        else:  # all three in one call
+            g_x, g_weight, g_bias = _backward(g, x, weight, ctx.geometry, want)
+        return SplitGradient.of(g_x) if want[0] and ctx.splits else g_x, g_weight, g_bias, None
 
 
 class _InputGradient(torch.autograd.Function):

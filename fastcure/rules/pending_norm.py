@@ -14,11 +14,11 @@ from weakref import ref
 
 import torch
 from fastcure_kernels import batch_norm as passes
+from fastcure_kernels.waiting import Waiting
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastcure._torch_compat import (
-    no_torch_function,
     operator_name,
     tree_map,
     version,
@@ -81,10 +81,9 @@ class Sum(NamedTuple):
         return tuple(version(term) for term in (self.x, self.residual) if term is not None)
 
 
-class PendingNorm(Tensor):
+class PendingNorm(Waiting):
     """A sum that waits, or the values in memory that it became."""
 
-    __torch_function__ = no_torch_function
     total: Sum | None
     """What waits, or waited; None once it was changed in place."""
     plain: Tensor | None

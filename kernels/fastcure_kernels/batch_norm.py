@@ -27,6 +27,7 @@ from torch import Tensor
 from .backend import use_triton
 from .channel_sums import GATE_NONE, GATE_OUTPUT, GATE_OWN, Layout, statistics, sums
 from .jit import kernel
+from .split_gradient import parts_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -174,15 +175,15 @@ def finish(norm: Norm, residual: Tensor | None = None, relu: bool = False) -> tu
 def backward(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First derivative: from the gradient at y, q, the sums (2, C) of w and w x_hat, and w.
 
-    The sums are the gradients of bias and weight. Where the mask is found from x, w is given out as g, and masked again
-    wherever it is read.
+    The sums are the gradients of bias and weight. Where the mask is found from x, w is given out as g, unless that is in
+    two parts, and masked again wherever it is read.
     """
     if not runs_as_kernels(norm.x):
         w = _masked(norm, g)
         q, found = _native(norm, w)
         return q, found, w if norm.gate == GATE_OUTPUT else g
-    g = Layout.of(norm.x).lay(g)
-    found, coefficients, masked = sums(g, norm.x, norm.stats, norm.gate, norm.y)
+    g, more = _laid(norm, g)
+    found, coefficients, masked = sums(g, norm.x, norm.stats, norm.gate, norm.y, more=more)
     w = g if masked is None else masked
     return _combine(norm.x, norm.stats, coefficients, w, gate_in=norm.gate == GATE_OWN), found, w
 
@@ -231,8 +232,8 @@ def last_backward(
     gate_in = norm.gate == GATE_OWN
     if runs_as_kernels(norm.x):
         layout = Layout.of(norm.x)
-        g = None if g is None else layout.lay(g)
-        found, coefficients, w2 = sums(g, norm.x, norm.stats, norm.gate, norm.y, second=(v_sums, w_sums))
+        g, more = (None, None) if g is None else _laid(norm, g)
+        found, coefficients, w2 = sums(g, norm.x, norm.stats, norm.gate, norm.y, second=(v_sums, w_sums), more=more)
         g = g if w2 is None else w2
         bc = layout.lay(v), layout.lay(w)
         return _combine(norm.x, norm.stats, coefficients, g, bc, gate_in=gate_in), found, g
@@ -255,6 +256,12 @@ def last_backward(
 def runs_as_kernels(x: Tensor) -> bool:
     """Whether kernels run on `x` (B, C, ...): they count the values of a channel in 32 bits."""
     return use_triton(x) and x.numel() // x.shape[1] < 2**30
+
+
+def _laid(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What adds up to g, laid out as x."""
+    layout, (first, second) = Layout.of(norm.x), parts_of(g)
+    return layout.lay(first), None if second is None else layout.lay(second)
 
 
 def _masked(norm: Norm, t: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from .backend import use_triton
 from .jit import kernel
 from .rows import accumulation_dtype, check_operands
+from .split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
 from .torch_compat import engine_will_execute
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class _BiasReLU(torch.autograd.Function):
         y = _gated_sum(None, x, residual, bias)
         ctx.save_for_backward(y)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.splits = residual is not None and earlier_uses(residual) is not None
+        reads_parts(ctx)
         return y
 
     @staticmethod
@@ -109,7 +112,8 @@ class _BiasReLU(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         want_x, want_residual, want_bias = ctx.needs_input_grad
         dtype = ctx.bias_dtype if want_bias and _wanted_now(ctx) else None
-        return _Spread.apply(y.detach(), w, want_x, want_residual, dtype)
+        a, b, sums = _Spread.apply(y.detach(), w, want_x, want_residual, dtype)
+        return a, SplitGradient.of(b) if want_residual and ctx.splits else b, sums
 
 
 class _Spread(torch.autograd.Function):
@@ -121,7 +125,7 @@ class _Spread(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         ctx.save_for_backward(y)
         ctx.set_materialize_grads(False)
-        masked = _gated_sum(y, w, None, None)
+        masked = _gated_sum(y, *parts_of(w), None)
         sums = None if bias_dtype is None else _sum_of_channels(masked, bias_dtype)
         return masked if want_a else None, masked.detach() if want_b else None, sums
 

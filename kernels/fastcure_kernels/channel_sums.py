@@ -135,8 +135,9 @@ def _finish_statistics_kernel(
 @kernel
 @no_type_check
 def _sums_kernel(
-    part_ptr, out_ptr, g_ptr, x_ptr, other_ptr, y_ptr, stats_ptr, M, C, S, PER,
-    GATE: tl.constexpr, WITH_OTHER: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    part_ptr, out_ptr, g_ptr, more_ptr, x_ptr, other_ptr, y_ptr, stats_ptr, M, C, S, PER,
+    GATE: tl.constexpr, WITH_MORE: tl.constexpr, WITH_OTHER: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     dtype = part_ptr.dtype.element_ty
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)  # (CHANNELS,)
@@ -158,6 +159,9 @@ def _sums_kernel(
         else:
             offsets = ((rows // S).to(tl.int64) * C * S + rows % S)[:, None] + c[None, :] * S
         g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(dtype)
+        if WITH_MORE:  # rounded as the sum would be in memory
+            g += tl.load(more_ptr + offsets, mask=inside, other=0.0).to(dtype)
+            g = g.to(out_ptr.dtype.element_ty).to(dtype)
         centered = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(dtype) - mean
         if WITH_OTHER:
             other = tl.load(other_ptr + offsets, mask=inside, other=0.0).to(dtype)
@@ -170,6 +174,7 @@ def _sums_kernel(
             if GATE == 2:  # by the sign of y
                 y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(dtype)
                 g = tl.where(y <= 0, 0.0, g)
+            if GATE == 2 or WITH_MORE:
                 tl.store(out_ptr + offsets, g.to(out_ptr.dtype.element_ty), mask=inside)
         sum_g += g
         sum_x += g * centered
@@ -294,26 +299,29 @@ def sums(
     y: Tensor | None = None,
     other: Tensor | None = None,
     second: tuple[Tensor, Tensor] | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of g, g x_hat and g `other`, (2 or 3, C); coefficients that follow from them (5, C); and g gated by y.
+    """Sums of g, g x_hat and g `other`, (2 or 3, C); coefficients that follow from them (5, C); and g gated.
 
-    The gate is that of `other` where there is one, else that of g. `second` are the sums of v, with `other`, and of w:
-    the coefficients are then those of the last pass, and the sums the gradients of bias and weight. Without g, which
-    stands for zeros, no pass is made.
+    The gate is that of `other` where there is one, else that of g, which is written where y gates it or `more` is added
+    to it. `second` are the sums of v, with `other`, and of w: the coefficients are then those of the last pass, and the
+    sums the gradients of bias and weight. Without g, which stands for zeros, no pass is made.
     """
     layout, dtype = Layout.of(x), stats.dtype
     C, count, parts = layout.C, 2 if other is None else 3, 0
-    part = gated = stats
+    part, gated, writes = stats, stats, False
     if g is not None:
         parts, per, options = _divide(layout, dtype == torch.float64)
         part = torch.empty((parts, count, C), dtype=dtype, device=x.device)
-        gated = torch.empty_like(x) if gate == GATE_OUTPUT and other is None else part
+        writes = other is None and (gate == GATE_OUTPUT or more is not None)
+        gated = torch.empty_like(x) if writes else part
         grid = (parts, -(-C // options["CHANNELS"]))
-        operands = [part if t is None else t for t in (other, y)]
+        operands = [part if t is None else t for t in (g, more, x, other, y)]
         _sums_kernel.launch(
             grid,
-            *(part, gated, g, x, *operands, stats, layout.M, C, layout.S, per),
+            *(part, gated, *operands, stats, layout.M, C, layout.S, per),
             GATE=gate,
+            WITH_MORE=more is not None,
             WITH_OTHER=other is not None,
             LAST=layout.last,
             **options,
@@ -328,4 +336,4 @@ def sums(
         SECOND=second is not None,
         **options,
     )
-    return found, coefficients, gated if gate == GATE_OUTPUT and g is not None and other is None else None
+    return found, coefficients, gated if writes else None

@@ -1,12 +1,31 @@
-"""The one private name of torch's that the kernels use."""
+"""The private names of torch's that the kernels use."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map as tree_map
+
+SomeTensor = TypeVar("SomeTensor", bound=Tensor)
+
+without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
+"""Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""
 
 
 def engine_will_execute(node: Any) -> bool:
-    """Tell whether the backward that runs now goes through `node`; `needs_input_grad` knows the forward alone."""
+    """Tell whether the backward that runs now goes through `node`; `needs_input_grad` knows the forward alone.
+
+    Raises:
+        RuntimeError: for a leaf for whose gradient `torch.autograd.grad` was called.
+    """
     return torch._C._will_engine_execute_node(node)
+
+
+def without_storage(cls: type[SomeTensor], like: Tensor, strides: bool = False) -> SomeTensor:
+    """Make a tensor of a subclass that has a shape but no memory; the public constructors all allocate."""
+    laid = like.stride() if strides else None
+    return Tensor._make_wrapper_subclass(cls, like.shape, laid, dtype=like.dtype, device=like.device)

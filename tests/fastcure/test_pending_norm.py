@@ -8,6 +8,7 @@ from weakref import ref
 import pytest
 import torch
 from fastcure_kernels.jit import LISTENERS
+from fastcure_kernels.split_gradient import SplitGradient
 from networks import relative, rounding
 from operators import Operators
 from torch import Tensor, nn
@@ -64,6 +65,15 @@ def zeroed(y: Tensor) -> Tensor:
     return y
 
 
+def mixed(n: Norms, z: Tensor) -> Tensor:
+    return F.conv2d(z, torch.outer(n.parameters[1], n.parameters[3])[:, :, None, None])
+
+
+def block(n: Norms, shortcut: Callable[[Tensor], Tensor]) -> Tensor:
+    z = F.relu(n(n.x) + n.r)
+    return F.relu(n(mixed(n, z), 1) + shortcut(z))
+
+
 USES: dict[str, Callable[[Norms], Tensor]] = {
     "nothing": lambda n: n(n.x),
     "relu": lambda n: F.relu(n(n.x)),
@@ -83,6 +93,10 @@ USES: dict[str, Callable[[Norms], Tensor]] = {
     "to itself": lambda n: (lambda y: F.relu(y + y))(n(n.x)),
     "a chain": lambda n: F.relu(n(F.relu(n(n.x)) + n.r, 1)),
     "a chain in place": lambda n: (lambda z: F.relu_(n(z, 1).add_(z)))(F.relu_(n(n.x))),
+    "a block": lambda n: block(n, lambda z: z),
+    "a block with a convolution beside it": lambda n: block(n, lambda z: mixed(n, z)),
+    "a block and a third use": lambda n: block(n, lambda z: z.sin() + z),
+    "a plain block": lambda n: (lambda z: F.relu(n(mixed(n, z), 1) + z))(F.relu(n(n.x))),
     "seen after": lambda n: (lambda y: F.relu(y) * y.sin())(n(n.x)),
     "seen before": lambda n: (lambda y: y.sin() * F.relu(y))(n(n.x)),
     "seen before, residual": lambda n: (lambda y: y.sum() * F.relu(y + n.r))(n(n.x)),
@@ -186,7 +200,19 @@ class PlainOperators(Operators):
     """Those that run on plain tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return NotImplemented if PendingNorm in types else super().__torch_dispatch__(func, types, args, kwargs)
+        return NotImplemented if {PendingNorm, SplitGradient} & {*types} else super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("use", ["a block", "a block with a convolution beside it", "a plain block"])
+def test_kernels_add_the_gradients_of_branches(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with PlainOperators() as operators:
+        found = second_order(Norms(), USES[use])
+    monkeypatch.setattr(SplitGradient, "of", lambda g: g)
+    with PlainOperators() as before:
+        expected = second_order(Norms(), USES[use])
+    assert before.calls.count("add") - operators.calls.count("add") == 2  # of the first backward, and of the last
+    for value, other in zip(found, expected, strict=True):
+        assert torch.equal(value, other)
 
 
 def test_passes_that_are_differentiated_once_take_it_too() -> None:
@@ -301,7 +327,7 @@ def test_what_is_read_of_it_outside_of_autograd_is_computed_once() -> None:
             assert len(launches) == 1
     finally:
         LISTENERS.remove(launches.append)
-    assert "PendingNorm" in repr(y)
+    assert repr(y) == repr(y.detach())
     assert type(y.clone()) is Tensor
     with torch.no_grad():
         assert type(y + norms.r) is Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import fastcure_kernels.torch_compat as kernels_compat
 import pytest
 import torch
 from canaries import breaks
@@ -40,7 +39,6 @@ class Square(torch.autograd.Function):
         nodes = [node for node, _ in ctx.next_functions]
         Square.notes = [
             [compat.engine_will_execute(node) for node in nodes],
-            [kernels_compat.engine_will_execute(node) for node in nodes],
             compat.backward_retains_graph(),
             compat.thread_local("fastcure.test"),
         ]
@@ -52,17 +50,15 @@ def product() -> tuple[Tensor, Tensor, Tensor]:
     return x, w, Square.apply(x.view_as(x), w.view_as(w))
 
 
-@pytest.mark.parametrize("module", [compat, kernels_compat])
 @breaks("rules would compute gradients of weights that nobody asked for; rules would leave out gradients")
-def test_a_backward_knows_which_nodes_it_goes_through(module: object) -> None:
+def test_a_backward_knows_which_nodes_it_goes_through() -> None:
     x, w, y = product()
-    which = 0 if module is compat else 1
     torch.autograd.grad(y.sum(), x, retain_graph=True)
-    assert Square.notes[which] == [True, False]
+    assert Square.notes[0] == [True, False]
     torch.autograd.grad(y.sum(), w, retain_graph=True)
-    assert Square.notes[which] == [False, True]
+    assert Square.notes[0] == [False, True]
     y.sum().backward()
-    assert Square.notes[which] == [True, True]
+    assert Square.notes[0] == [True, True]
 
 
 @breaks("a batch norm would mix operands of two backward passes, or leave out one of its two paths to the input")
@@ -129,7 +125,7 @@ def test_a_backward_knows_whether_its_graph_is_kept() -> None:
     x, _, y = product()
     for retain in (True, False):
         torch.autograd.grad(y.sum(), x, retain_graph=retain)
-        assert Square.notes[2] is retain
+        assert Square.notes[1] is retain
 
 
 @breaks("a change of a weight between forward and backward would go unseen")
@@ -209,7 +205,7 @@ def test_torchs_thread_local_state_belongs_to_a_thread() -> None:
     torch.autograd.grad(y.sum(), x)
     assert compat.thread_local("fastcure.test") == 7
     assert found == [0]
-    assert Square.notes[3] == 7
+    assert Square.notes[2] == 7
 
 
 @pytest.mark.parametrize("value", [{}, "all", -1, 256, True])

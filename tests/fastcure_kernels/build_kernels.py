@@ -27,7 +27,8 @@ KERNELS = {  # kernel, and a word where there are several of it -> its launch op
     "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "GATED": False},
     "batch_norm._combine_kernel": {**NHWC, "FIRST": 0, "WITH_A": True, "WITH_BC": True, "GATE_IN": True, "GATE_OUT": 0},
     "channel_sums._statistics_kernel": NHWC,
-    "channel_sums._sums_kernel": {**NHWC, "GATE": 1, "WITH_OTHER": True},
+    "channel_sums._sums_kernel": {**NHWC, "GATE": 1, "WITH_OTHER": True, "WITH_MORE": False},
+    "channel_sums._sums_kernel in-two-parts": {**NHWC, "GATE": 2, "WITH_OTHER": False, "WITH_MORE": True},
     "channel_sums._finish_sums_kernel": {
         "only": ("fp32",),
         "PARTS": 512,

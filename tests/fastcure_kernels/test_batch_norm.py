@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastcure_kernels import batch_norm as passes
 from fastcure_kernels.channel_sums import PROGRAMS, Layout, _divide
+from fastcure_kernels.split_gradient import SplitGradient
 from torch import Tensor
 from torch.autograd import grad
 
@@ -173,6 +174,20 @@ def test_without_a_gradient_at_the_output(device, close):
     close(g_x, expected["x"])
     close(sums[1], expected["weight"], 4.0)
     assert not sums[0].any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("after", AFTER)
+def test_gradients_in_two_parts_give_the_bits_of_their_sum(triton_device, lay, after, dtype, layout):
+    o = operands((3, 5, 4, 7), dtype, triton_device, after)
+    more = torch.randn_like(o.g)
+    split = [SplitGradient.of(lay(g, layout)) + lay(more, layout) for g in (o.g, o.g2)]
+    assert [len(g.parts) for g in split] == [2, 2]
+    whole = ours(o._replace(g=o.g + more, g2=o.g2 + more), "relu" in after)
+    for name, value in ours(o._replace(g=split[0], g2=split[1]), "relu" in after).items():
+        assert torch.equal(value, whole[name]), name
+    assert [len(g.parts) for g in split] == [2, 2]  # nobody has added them up
 
 
 def test_every_run_gives_the_same_bits(triton_device):

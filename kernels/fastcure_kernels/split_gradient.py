@@ -1,0 +1,87 @@
+"""A gradient in two parts, which the kernel that reads it adds up.
+
+Autograd adds the gradients of a tensor that is used twice, reading both and writing one, before the node behind that
+tensor sees them. Where that node runs a kernel, one use may hand its gradient on as a `SplitGradient`: adding to it
+writes the other down and moves nothing. For everybody else, hooks and other operators, it is a tensor with the values
+of the sum, to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .torch_compat import tree_map, without_storage
+from .waiting import Waiting
+
+
+class SplitGradient(Waiting):
+    """A tensor that waits for another to be added, or the sum of both, without memory until something reads it."""
+
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, g: Tensor) -> Tensor:
+        """`g`, with its history, to which another may be added."""
+        out = g.as_subclass(cls)
+        out.parts = (g,)
+        return out
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # Below autograd, which gives the result its history.
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.add.Tensor and not kwargs and (joined := _joined(*args)) is not None:
+            return joined
+        out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+        for each in args:
+            if isinstance(each, SplitGradient) and out is each.parts[0]:  # changed in place
+                return each
+        return out
+
+
+def parts_of(g: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what adds up to `g`: itself, if it is in memory."""
+    if not isinstance(g, SplitGradient):
+        return g, None
+    return g.parts[0], g.parts[1] if len(g.parts) == 2 else None
+
+
+def reads_parts(ctx: Any) -> None:
+    """Say, in the forward of a Function of one output that matters, that its backward reads gradients by `parts_of`."""
+    ctx.fastcure_uses = 0
+
+
+def earlier_uses(x: Tensor) -> int | None:
+    """Count a use of `x`: how many came before it, or None if nobody behind `x` reads gradients by `parts_of`."""
+    node = x.grad_fn
+    uses: int | None = getattr(node, "fastcure_uses", None)
+    if uses is not None:
+        node.fastcure_uses = uses + 1  # type: ignore[union-attr]
+    return uses
+
+
+def _joined(a: Any, b: Any) -> SplitGradient | None:
+    """Return `a + b` in two parts; None if one of them has two, or if they differ in more than values."""
+    first, second = (t.parts if isinstance(t, SplitGradient) else (t,) for t in (a, b))
+    parts = (*first, *second)
+    if len(parts) != 2 or any(type(part) is not Tensor for part in parts):
+        return None
+    a, b = parts
+    if (a.shape, a.stride(), a.dtype, a.device) != (b.shape, b.stride(), b.dtype, b.device):
+        return None
+    out = without_storage(SplitGradient, a, strides=True)
+    out.parts = parts
+    return out
+
+
+def _plain(leaf: Any) -> Any:
+    if not isinstance(leaf, SplitGradient):
+        return leaf
+    if len(leaf.parts) == 2:
+        leaf.parts = (leaf.parts[0] + leaf.parts[1],)
+    return leaf.parts[0]

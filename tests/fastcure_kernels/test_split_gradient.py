@@ -1,0 +1,140 @@
+"""A gradient in two parts is their sum to whoever reads it, and two tensors to a kernel that asks."""
+
+import pytest
+import torch
+from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
+from torch import Tensor
+from torch.autograd import Function, grad
+
+
+class Reads(Function):
+    """The identity, whose backward notes the parts in which its gradient came."""
+
+    @staticmethod
+    def forward(ctx, x):
+        reads_parts(ctx)
+        ctx.parts = []
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.parts.append(parts_of(g))
+        return g * 1.0
+
+
+class Twice(Function):
+    """2 x, whose gradient may wait for another."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.splits = earlier_uses(x) is not None
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return SplitGradient.of(2 * g) if ctx.splits else 2 * g
+
+
+def used_twice(x, other=torch.sin, *more):
+    y = Reads.apply(x)
+    total = other(y) + Twice.apply(y)
+    for use in more:
+        total = total + use(y)
+    return y, total.sum()
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, requires_grad=True)
+
+
+def test_the_node_reads_two_tensors_and_nothing_added_them(x):
+    y, total = used_twice(x)
+    node = y.grad_fn
+    (g,) = grad(total, x)
+    ((first, second),) = node.parts
+    assert {type(first), type(second)} == {Tensor}
+    assert sorted([first.unique().numel(), second.unique().numel()]) == [1, 6]  # 2, and the cosines
+    assert torch.equal(g, x.cos() + 2)
+
+
+def test_differentiated_again(x):
+    _, total = used_twice(x)
+    (g,) = grad(total, x, create_graph=True)
+    assert g.requires_grad
+    torch.testing.assert_close(grad(g.square().sum(), x)[0], -2 * (x.cos() + 2) * x.sin())
+
+
+def test_three_uses_are_added_up(x):
+    y, total = used_twice(x, torch.sin, torch.exp)
+    node = y.grad_fn
+    (g,) = grad(total, x)
+    assert node.parts[0][1] is None
+    torch.testing.assert_close(g, x.cos() + 2 + x.exp())
+
+
+def test_asked_for_seen_by_a_hook_and_kept(x):
+    y, total = used_twice(x)
+    seen = []
+    y.register_hook(seen.append)
+    y.retain_grad()
+    total.backward()
+    for found in (seen[0], y.grad, x.grad):
+        assert torch.equal(found, x.cos() + 2)
+        assert torch.equal(torch.tensor(found.tolist()), x.cos() + 2)
+    assert type(x.grad) is Tensor
+    y, total = used_twice(x)
+    (g,) = grad(total, y)
+    assert torch.equal(g, x.cos() + 2)
+    assert torch.equal(g.detach().clone().sign(), torch.sign(x.cos() + 2))
+
+
+def test_a_hook_that_changes_it(x):
+    y, total = used_twice(x)
+    y.register_hook(lambda g: g.mul_(3.0))
+    torch.testing.assert_close(grad(total, x)[0], 3 * (x.cos() + 2))
+
+
+def test_a_leaf_gets_an_ordinary_gradient(x):
+    (2 * x + Twice.apply(x)).sum().backward()
+    assert type(x.grad) is Tensor
+
+
+def test_no_more_than_the_shape_is_written_down():
+    a, b = torch.rand(3, 4), torch.rand(3, 4)
+    total = SplitGradient.of(a) + b
+    assert [part is t for part, t in zip(parts_of(total), (a, b), strict=True)] == [True, True]
+    assert (total.shape, total.stride(), total.dtype) == (a.shape, a.stride(), a.dtype)
+    assert torch.equal(total + 0, a + b)
+    assert parts_of(total)[1] is None  # read once, it is a sum
+    assert torch.equal(total, a + b)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.rand(4), torch.rand(3, 4).double(), torch.rand(4, 3).T, 2.0],
+    ids=["broadcast", "another dtype", "another layout", "a number"],
+)
+def test_what_is_not_of_its_kind_is_added_at_once(other):
+    a = torch.rand(3, 4)
+    total = SplitGradient.of(a) + other
+    assert type(total) is Tensor
+    assert torch.equal(total, a + other)
+    assert torch.equal(torch.add(SplitGradient.of(a), a, alpha=3), torch.add(a, a, alpha=3))
+
+
+def test_changed_in_place():
+    a, b = torch.rand(3), torch.rand(3)
+    total = SplitGradient.of(a) + b
+    same = total.mul_(2.0)
+    assert same is total
+    assert torch.equal(total, (a + b) * 2)
+    assert torch.equal(SplitGradient.of(a).add_(1.0), a)  # the memory of `a`
+
+
+def test_nobody_behind_it_reads_parts(x):
+    assert earlier_uses(x) is None
+    assert earlier_uses(x * 2) is None
+    y = Reads.apply(x)
+    assert [earlier_uses(y), earlier_uses(y), earlier_uses(y)] == [0, 1, 2]
