@@ -200,7 +200,11 @@ class PlainOperators(Operators):
     """Those that run on plain tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return NotImplemented if {PendingNorm, SplitGradient} & {*types} else super().__torch_dispatch__(func, types, args, kwargs)
+        return (
+            NotImplemented
+            if {PendingNorm, SplitGradient} & {*types}
+            else super().__torch_dispatch__(func, types, args, kwargs)
+        )
 
 
 @pytest.mark.parametrize("use", ["a block", "a block with a convolution beside it", "a plain block"])

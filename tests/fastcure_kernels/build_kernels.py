@@ -23,8 +23,8 @@ TARGETS = {
 ELEMENTWISE = {"BLOCK": 1024, "num_warps": 4}
 NHWC = {"only": ("fp32", "bf16"), "LAST": True, "ROWS": 32, "CHANNELS": 64, "num_warps": 4}
 KERNELS = {  # kernel, and a word where there are several of it -> its launch options at N = 150528
-    "bias_relu._gated_sum_kernel": {**ELEMENTWISE, "GATED": True},
-    "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "GATED": False},
+    "bias_relu._gated_sum_kernel": {**ELEMENTWISE, "READ": True, "WRITE": False},
+    "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "READ": False, "WRITE": True},
     "batch_norm._combine_kernel": {**NHWC, "FIRST": 0, "WITH_A": True, "WITH_BC": True, "GATE_IN": True, "GATE_OUT": 0},
     "channel_sums._statistics_kernel": NHWC,
     "channel_sums._sums_kernel": {**NHWC, "GATE": 1, "WITH_OTHER": True, "WITH_MORE": False},
@@ -65,6 +65,8 @@ def signature(name, dtype, options):
             types[arg] = "constexpr"
         elif arg in arithmetic or (arg == "out_ptr" and name.startswith("difference_sqnorm")):
             types[arg] = f"*{wide}"
+        elif arg == "mask_ptr":
+            types[arg] = "*u8"
         else:
             types[arg] = f"*{dtype}" if arg.endswith("_ptr") else "i32"
     return fn, types, constants

@@ -82,7 +82,7 @@ def lay() -> Callable[[Tensor, str], Tensor]:
 
 
 class GuardedTorch:
-    """The module torch, but fresh memory is full of NaN and lies between canaries."""
+    """The module torch, but fresh memory is full of NaN, or of other bits of masks, and lies between canaries."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -93,7 +93,7 @@ class GuardedTorch:
     def empty_strided(self, size: torch.Size, stride: Sequence[int], *, dtype: torch.dtype, device: str) -> Tensor:
         span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         buffer = torch.full((span + 2 * MARGIN,), CANARY, dtype=dtype, device=device)
-        buffer[MARGIN : MARGIN + span] = torch.nan
+        buffer[MARGIN : MARGIN + span] = torch.nan if dtype.is_floating_point else 0xA5
         self.buffers.append(buffer)
         # No view of it, which autograd would treat apart.
         return torch.empty(0, dtype=dtype, device=device).set_(buffer.untyped_storage(), MARGIN, size, stride)

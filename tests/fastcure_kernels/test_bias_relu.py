@@ -172,7 +172,11 @@ def test_one_kernel_a_derivative_and_no_sum_for_a_bias_whose_gradient_is_not_tak
         y = bias_relu(x, bias, residual)
     with Operators() as backward:
         g_x, g_residual = grad(y, (x, residual), w, create_graph=True)
-    assert forward.calls == backward.calls == ["gated_sum"]
+    assert forward.calls == ["gated_sum_and_mask"]
+    assert backward.calls == ["gated_sum"]
+    with torch.no_grad(), Operators() as forward:
+        bias_relu(x, bias, residual)
+    assert forward.calls == ["gated_sum"]
     assert g_x.data_ptr() == g_residual.data_ptr()
     with Operators() as backward:
         g_bias = grad(y, bias, w, create_graph=True)
@@ -186,12 +190,27 @@ def test_one_kernel_a_derivative_and_no_sum_for_a_bias_whose_gradient_is_not_tak
     assert second.calls == ["gated_sum"]
 
 
-def test_an_output_that_was_overwritten_is_an_error(device):
+def test_an_output_that_was_overwritten_is_an_error_or_does_no_harm(device):
     x = torch.randn(2, 3, device=device, requires_grad=True)
     y = bias_relu(x, torch.zeros(3, device=device))
+    expected = 2.0 * (y > 0)
     y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    if os.environ["FASTCURE_BACKEND"] == "torch":  # which reads the mask off it
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        assert torch.equal(grad(y.zero_().sum(), x)[0], torch.zeros_like(x))
+        y = bias_relu(x, torch.zeros(3, device=device))
+        assert torch.equal(grad(y.mul_(2).sum(), x)[0], expected)
+
+
+def test_the_mask_is_that_of_the_output(triton_device):
+    tiny = torch.finfo(torch.float16).smallest_normal * 2**-10  # rounds to half of itself, or to 0
+    x = torch.full((1, 5), tiny, dtype=torch.float16, device=triton_device).requires_grad_()
+    bias = torch.tensor([0, -0.25, -0.75, -1, 1], device=triton_device) * tiny
+    y = bias_relu(x, bias)
+    assert torch.equal(grad(y.sum(), x)[0], (y > 0).half())
+    assert (y == 0).any()
 
 
 def test_operands_are_not_changed(device):

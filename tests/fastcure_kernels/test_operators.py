@@ -105,9 +105,11 @@ def test_opcheck(triton_device, need):
     x, grad, adv = (images(triton_device) for _ in range(3))
     w = torch.rand(2, device=triton_device)
     per_sample = torch.tensor(0.3, device=triton_device).expand(2)
+    mask = torch.randint(256, (x.numel() // 8,), device=triton_device).byte()
     ops = torch.ops.fastcure
     checks = {
-        ops.gated_sum: (x, grad, adv, adv[0, :, 0, 0].contiguous()),
+        ops.gated_sum: (mask, False, grad, adv, adv[0, :, 0, 0].contiguous()),
+        ops.gated_sum_and_mask: (False, grad, adv, adv[0, :, 0, 0].contiguous()),
         ops.direction_step: (x, grad, per_sample),
         ops.difference_sqnorm: (x, grad),
         ops.difference_sqnorm_backward: (x, grad, w, True, False),
