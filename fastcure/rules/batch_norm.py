@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fastcure_kernels import batch_norm as passes
-from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
+from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, reads_parts
 from torch import Tensor
 
 from fastcure._torch_compat import backward_id, engine_will_execute
@@ -111,10 +111,11 @@ class _BatchNorm(torch.autograd.Function):
         y, norm, ctx.eps, ctx.seen = made
         token = x.new_empty(0)
         dense = None if norm.x is x else norm.x
-        save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None)
+        bits = None if norm.mask is y else norm.mask
+        save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None, bits)
         ctx.set_materialize_grads(False)
-        ctx.relu, ctx.residual, ctx.left = norm.relu, norm.y is not None, {}
-        ctx.splits = type(residual) in (Tensor, torch.nn.Parameter) and earlier_uses(residual) is not None
+        ctx.relu, ctx.residual, ctx.left = norm.relu, norm.mask is not None, {}
+        ctx.splits = residual is not None and type(residual) is Tensor and earlier_uses(residual) is not None
         if passes.runs_as_kernels(norm.x):
             reads_parts(ctx)
         return y, token
@@ -124,7 +125,7 @@ class _BatchNorm(torch.autograd.Function):
         left = ctx.left.pop(backward_id(), [])
         if g is None and not left:
             return (None,) * 6
-        x, weight, token, dense, stats, y = saved(ctx)
+        x, weight, token, dense, stats, y, bits = saved(ctx)
         if g is not None:
             refuse_batched(g)
         through: Tensor | None = None
@@ -133,9 +134,11 @@ class _BatchNorm(torch.autograd.Function):
         if g is not None and torch.is_grad_enabled():
             # create_graph: the input gradient becomes a node with the rule above.
             want = wanted(ctx, 4)
-            operands = token, g, x, weight, dense, stats, y, ctx.residual, ctx.eps, ctx.left
+            operands = token, g, x, weight, dense, stats, y, bits, ctx.residual, ctx.eps, ctx.left
             g_x, w = _InputGradient.apply(*operands) if want[0] or want[3] else (None, None)
-            g_residual = SplitGradient.of(w) if ctx.splits and want[3] else w if ctx.residual else None
+            g_residual = w if ctx.residual else None
+            if g_residual is not None and ctx.splits and want[3]:
+                g_residual = SplitGradient.of(g_residual)
             g_weight: Tensor | None = None
             g_bias: Tensor | None = None
             if any(want[1:3]):
@@ -144,7 +147,7 @@ class _BatchNorm(torch.autograd.Function):
                 g_weight = (w * normalised(x.to(w.dtype), dims, ctx.eps)).sum(dims) if want[1] else None
                 g_bias = w.sum(dims) if want[2] else None
             return g_x, g_weight, g_bias, g_residual, through, None
-        norm = _norm(x, weight, dense, stats, y, ctx.residual)
+        norm = _norm(x, weight, dense, stats, y, bits, ctx.residual)
         found = [passes.last_backward(norm, g if i == 0 else None, *operands) for i, operands in enumerate(left)]
         if not left and g is not None:
             found = [passes.backward(norm, g)]
@@ -174,12 +177,13 @@ class _InputGradient(torch.autograd.Function):
         dense: Tensor | None,
         stats: Tensor,
         y: Tensor | None,
+        bits: Tensor | None,
         residual: bool,
         eps: float,
         left: dict[int, list[tuple[Tensor, ...]]],
     ) -> tuple[Tensor, Tensor | None]:
-        q, sums, w = passes.backward(_norm(x, weight, dense, stats, y, residual), g)
-        save(ctx, w, x, weight, dense, stats, sums, y)
+        q, sums, w = passes.backward(_norm(x, weight, dense, stats, y, bits, residual), g)
+        save(ctx, w, x, weight, dense, stats, sums, y, bits)
         ctx.set_materialize_grads(False)
         ctx.residual, ctx.eps, ctx.left = residual, eps, left
         return q, None if w is g else w
@@ -189,9 +193,9 @@ class _InputGradient(torch.autograd.Function):
         for each in (v, v_residual):
             if each is not None:
                 refuse_batched(each)
-        w, x, weight, dense, stats, w_sums, y = saved(ctx)
+        w, x, weight, dense, stats, w_sums, y, bits = saved(ctx)
         if v is None:
-            return None, v_residual if v_residual is None or y is None else gate(v_residual, y), *(None,) * 8
+            return None, v_residual if v_residual is None or y is None else gate(v_residual, y), *(None,) * 9
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: g may depend on x, and that is not asked for here. What is gated may be gated again.
             g, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)
@@ -203,14 +207,21 @@ class _InputGradient(torch.autograd.Function):
             if v_residual is not None:
                 results, directions = [again, w], [v, v_residual]
             found = differentiated(results, [g, x, weight], ctx.needs_input_grad[1:], directions)
-            return None, *found, *(None,) * 6
-        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats, y, ctx.residual), v, w, v_residual)
+            return None, *found, *(None,) * 7
+        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats, y, bits, ctx.residual), v, w, v_residual)
         if engine_will_execute(ctx.next_functions[0][0]):  # the norm's, which runs after all nodes of its gradients
             ctx.left.setdefault(backward_id(), []).append((v, w, v_sums, w_sums))
-        return None, u, *(None,) * 8
+        return None, u, *(None,) * 9
 
 
 def _norm(
-    x: Tensor, weight: Tensor | None, dense: Tensor | None, stats: Tensor, y: Tensor | None, residual: bool
+    x: Tensor,
+    weight: Tensor | None,
+    dense: Tensor | None,
+    stats: Tensor,
+    y: Tensor | None,
+    bits: Tensor | None,
+    residual: bool,
 ) -> passes.Norm:
-    return passes.Norm(x if dense is None else dense, stats, weight, y if residual else None, relu=y is not None)
+    mask = y if residual and bits is None else bits
+    return passes.Norm(x if dense is None else dense, stats, weight, mask, relu=y is not None)

@@ -62,7 +62,7 @@ class _Convolution(torch.autograd.Function):
             g_bias = g.sum([0, *range(2, g.dim())]) if want[2] else None
         else:  # all three in one call
             g_x, g_weight, g_bias = _backward(g, x, weight, ctx.geometry, want)
-        return SplitGradient.of(g_x) if want[0] and ctx.splits else g_x, g_weight, g_bias, None
+        return SplitGradient.of(g_x) if g_x is not None and ctx.splits else g_x, g_weight, g_bias, None
 
 
 class _InputGradient(torch.autograd.Function):

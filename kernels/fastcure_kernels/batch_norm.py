@@ -13,8 +13,9 @@ and v w. So each derivative is a reduction (`channel_sums.py`) and an elementwis
     out = constant + by_x (x - m) + a A + b B + c C + R        one number a channel each; gated before or after the sum
 
 Tensors of the size of x read and written, by the reductions too: 3 forward, 5 first backward, 6 double backward, 7 last
-backward. The mask is computed again from x, for nothing. With a residual it is read off y, and w, which is the gradient
-of the residual, is written: 4, 7, 8 and 9.
+backward. The mask is computed again from x, for nothing. With a residual it is one bit an element, written forward and
+read in each backward, and w, which is the gradient of the residual, is written: 4, 6, 7 and 8. (Where channels are not
+last, or no multiple of 8, the mask is read off y: 4, 7, 8 and 9.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backend import use_triton
-from .channel_sums import GATE_NONE, GATE_OUTPUT, GATE_OWN, Layout, statistics, sums
+from .channel_sums import GATE_BITS, GATE_NONE, GATE_OUTPUT, GATE_OWN, Layout, statistics, sums
 from .jit import kernel
 from .split_gradient import parts_of
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @kernel
 @no_type_check
 def _combine_kernel(
-    out_ptr, x_ptr, a_ptr, b_ptr, c_ptr, residual_ptr, y_ptr, stats_ptr, coef_ptr, M, C, S,
+    out_ptr, x_ptr, a_ptr, b_ptr, c_ptr, residual_ptr, mask_ptr, stats_ptr, coef_ptr, M, C, S,
     FIRST: tl.constexpr, WITH_A: tl.constexpr, WITH_BC: tl.constexpr, WITH_RESIDUAL: tl.constexpr,
     GATE_IN: tl.constexpr, GATE_OUT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -70,16 +71,29 @@ def _combine_kernel(
         out += tl.load(coef_ptr + 4 * C, mask=c < C)[None, :] * w
     if WITH_RESIDUAL:
         out += tl.load(residual_ptr + offsets, mask=inside).to(dtype)
-    if GATE_OUT == 3:  # a ReLU
+    if GATE_OUT == 2:
+        closed = tl.load(mask_ptr + offsets, mask=inside).to(dtype) <= 0
+    if GATE_OUT == 3 or GATE_OUT == 5:
+        eighths = tl.program_id(1) * (CHANNELS // 8) + tl.arange(0, CHANNELS // 8)  # of the channels
+        there = (rows < M)[:, None] & (eighths * 8 < C)[None, :]
+        mask_ptr += rows.to(tl.int64)[:, None] * (C // 8) + eighths[None, :]
+    if GATE_OUT == 3:
+        bits = tl.load(mask_ptr, mask=there, other=0).to(tl.int32)
+        bits = tl.reshape(tl.broadcast_to(bits[:, :, None], (ROWS, CHANNELS // 8, 8)), (ROWS, CHANNELS))
+        closed = (bits >> (c % 8)[None, :]) % 2 == 0
+    if GATE_OUT >= 4:  # a ReLU
         closed = out <= 0
-    if GATE_OUT == 2:  # by the sign of y
-        closed = tl.load(y_ptr + offsets, mask=inside).to(dtype) <= 0
     if GATE_OUT:
         out = tl.where(closed, 0.0, out)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=inside)
+    if GATE_OUT == 5:
+        bits = tl.where(out <= 0, 0, 1) << (c % 8)[None, :]
+        bits = tl.sum(tl.reshape(bits, (ROWS, CHANNELS // 8, 8)), 2)  # (ROWS, CHANNELS // 8)
+        tl.store(mask_ptr, bits.to(tl.uint8), mask=there)
 
 
-RELU = 3
+RELU, RELU_AND_BITS = 4, 5  # the sum's own; the second writes the mask as well
 
 
 def _combine(
@@ -89,14 +103,14 @@ def _combine(
     a: Tensor | None = None,
     bc: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
-    y: Tensor | None = None,
+    mask: Tensor | None = None,
     gate_in: bool = False,
     gate_out: int = GATE_NONE,
 ) -> Tensor:
     layout = Layout.of(x)
     options = layout.tile(stats.dtype == torch.float64)
     out = torch.empty_like(x)
-    operands = (a, *(bc or (None, None)), residual, y)
+    operands = (a, *(bc or (None, None)), residual, mask)
     _combine_kernel.launch(
         (-(-layout.M // options["ROWS"]), -(-layout.C // options["CHANNELS"])),
         *(out, x, *(x if t is None else t for t in operands), stats, coefficients, layout.M, layout.C, layout.S),
@@ -120,14 +134,16 @@ class Norm(NamedTuple):
     stats: Tensor
     """(4, C) in float32 or float64: m, r, s r and bias."""
     weight: Tensor | None
-    y: Tensor | None = None
-    """The output, where a residual was added and a ReLU taken."""
+    mask: Tensor | None = None
+    """Where a residual was added and a ReLU taken: bits, in the order of memory, or the output."""
     relu: bool = False
 
     @property
     def gate(self) -> int:
         """How the mask is found."""
-        return GATE_NONE if not self.relu else GATE_OWN if self.y is None else GATE_OUTPUT
+        if self.mask is None:
+            return GATE_OWN if self.relu else GATE_NONE
+        return GATE_BITS if self.mask.dtype == torch.uint8 else GATE_OUTPUT
 
 
 def measure(
@@ -162,28 +178,34 @@ def measure(
 
 def finish(norm: Norm, residual: Tensor | None = None, relu: bool = False) -> tuple[Tensor, Norm]:
     """Normalise, add the residual, of the shape and dtype of x, and take the ReLU: y, and what is read of it."""
-    if runs_as_kernels(norm.x):
-        added = None if residual is None else Layout.of(norm.x).lay(residual)
-        y = _combine(norm.x, norm.stats, norm.stats, residual=added, gate_out=RELU if relu else GATE_NONE)
+    x, mask = norm.x, None
+    if runs_as_kernels(x):
+        layout, gate = Layout.of(x), RELU if relu else GATE_NONE
+        if relu and residual is not None and layout.last and layout.C % 8 == 0:
+            mask, gate = torch.empty((x.numel() // 8,), dtype=torch.uint8, device=x.device), RELU_AND_BITS
+        added = None if residual is None else layout.lay(residual)
+        y = _combine(x, norm.stats, norm.stats, residual=added, mask=mask, gate_out=gate)
     else:
-        z = _standard(norm.x, norm.stats)
-        y = (z if residual is None else z + residual).to(norm.x.dtype)  # rounded once
+        z = _standard(x, norm.stats)
+        y = (z if residual is None else z + residual).to(x.dtype)  # rounded once
         y = torch.relu_(y) if relu else y
-    return y, norm._replace(y=y if relu and residual is not None else None, relu=relu)
+    if relu and residual is not None and mask is None:
+        mask = y
+    return y, norm._replace(mask=mask, relu=relu)
 
 
 def backward(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First derivative: from the gradient at y, q, the sums (2, C) of w and w x_hat, and w.
 
-    The sums are the gradients of bias and weight. Where the mask is found from x, w is given out as g, unless that is in
-    two parts, and masked again wherever it is read.
+    The sums are the gradients of bias and weight. Where the mask is found from x, w is given out as g, if that is one
+    tensor, and masked again wherever it is read.
     """
     if not runs_as_kernels(norm.x):
         w = _masked(norm, g)
         q, found = _native(norm, w)
-        return q, found, w if norm.gate == GATE_OUTPUT else g
+        return q, found, w if norm.mask is not None else g
     g, more = _laid(norm, g)
-    found, coefficients, masked = sums(g, norm.x, norm.stats, norm.gate, norm.y, more=more)
+    found, coefficients, masked = sums(g, norm.x, norm.stats, norm.gate, norm.mask, more=more)
     w = g if masked is None else masked
     return _combine(norm.x, norm.stats, coefficients, w, gate_in=norm.gate == GATE_OWN), found, w
 
@@ -202,14 +224,14 @@ def double_backward(norm: Norm, v: Tensor, w: Tensor, v_residual: Tensor | None 
     """
     if not runs_as_kernels(norm.x):
         u, found = _native(norm, v)
-        masked = w if norm.gate == GATE_OUTPUT else _masked(norm, w)
+        masked = w if norm.mask is not None else _masked(norm, w)
         products = _sums(v, masked, torch.zeros_like(norm.stats[0]), torch.ones_like(norm.stats[0]))[1]
         return _masked(norm, u if v_residual is None else u + v_residual), torch.cat([found, products[None]])
     layout = Layout.of(norm.x)
     v, w = layout.lay(v), layout.lay(w)
     v_residual = None if v_residual is None else layout.lay(v_residual)
     found, coefficients, _ = sums(v, norm.x, norm.stats, GATE_OWN if norm.gate == GATE_OWN else GATE_NONE, other=w)
-    u = _combine(norm.x, norm.stats, coefficients, v, residual=v_residual, y=norm.y, gate_out=norm.gate)
+    u = _combine(norm.x, norm.stats, coefficients, v, residual=v_residual, mask=norm.mask, gate_out=norm.gate)
     return u, found
 
 
@@ -233,7 +255,7 @@ def last_backward(
     if runs_as_kernels(norm.x):
         layout = Layout.of(norm.x)
         g, more = (None, None) if g is None else _laid(norm, g)
-        found, coefficients, w2 = sums(g, norm.x, norm.stats, norm.gate, norm.y, second=(v_sums, w_sums), more=more)
+        found, coefficients, w2 = sums(g, norm.x, norm.stats, norm.gate, norm.mask, second=(v_sums, w_sums), more=more)
         g = g if w2 is None else w2
         bc = layout.lay(v), layout.lay(w)
         return _combine(norm.x, norm.stats, coefficients, g, bc, gate_in=gate_in), found, g
@@ -267,7 +289,7 @@ def _laid(norm: Norm, g: Tensor) -> tuple[Tensor, Tensor | None]:
 def _masked(norm: Norm, t: Tensor) -> Tensor:
     if not norm.relu:
         return t
-    z = _standard(norm.x, norm.stats) if norm.y is None else norm.y
+    z = _standard(norm.x, norm.stats) if norm.mask is None else norm.mask
     return torch.where(z <= 0, 0.0, t)
 
 

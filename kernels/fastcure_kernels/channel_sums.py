@@ -22,7 +22,8 @@ from .rows import accumulation_dtype
 if TYPE_CHECKING:
     import triton.language as tl
 
-GATE_NONE, GATE_OWN, GATE_OUTPUT = range(3)  # of a gradient: not at all, by the sign of the norm, or by that of `y`
+GATE_NONE, GATE_OWN, GATE_OUTPUT, GATE_BITS = range(4)
+"""Of a gradient: not at all, by the sign of the norm, by that of the output, or by bits that say so."""
 PROGRAMS = 512  # of a reduction: one wave of a large GPU
 
 
@@ -95,7 +96,7 @@ def _statistics_kernel(
 @kernel
 @no_type_check
 def _finish_statistics_kernel(
-    stats_ptr, part_ptr, x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum_ptr,
+    stats_ptr, part_ptr, near_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum_ptr,
     M, C, P, PER, STEP, EPS: tl.constexpr, WITH_WEIGHT: tl.constexpr, WITH_BIAS: tl.constexpr, RUNNING: tl.constexpr,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +113,7 @@ def _finish_statistics_kernel(
     mean = tl.sum(means * counts, 0) / n
     apart = means - mean[None, :]
     square = tl.sum(tl.where(inside, squares + apart * apart * counts, 0.0), 0)
-    mean += tl.load(x_ptr + c * STEP, mask=here, other=0.0).to(dtype)
+    mean += tl.load(near_ptr + c * STEP, mask=here, other=0.0).to(dtype)
     r = 1.0 / tl.sqrt(square / n + EPS)
     scale = r
     if WITH_WEIGHT:
@@ -135,7 +136,7 @@ def _finish_statistics_kernel(
 @kernel
 @no_type_check
 def _sums_kernel(
-    part_ptr, out_ptr, g_ptr, more_ptr, x_ptr, other_ptr, y_ptr, stats_ptr, M, C, S, PER,
+    part_ptr, out_ptr, g_ptr, more_ptr, x_ptr, other_ptr, mask_ptr, stats_ptr, M, C, S, PER,
     GATE: tl.constexpr, WITH_MORE: tl.constexpr, WITH_OTHER: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -171,10 +172,17 @@ def _sums_kernel(
         else:
             if GATE == 1:
                 g = tl.where(shift + scale * centered <= 0, 0.0, g)
-            if GATE == 2:  # by the sign of y
-                y = tl.load(y_ptr + offsets, mask=inside, other=0.0).to(dtype)
+            if GATE == 2:
+                y = tl.load(mask_ptr + offsets, mask=inside, other=0.0).to(dtype)
                 g = tl.where(y <= 0, 0.0, g)
-            if GATE == 2 or WITH_MORE:
+            if GATE == 3:
+                eighths = tl.program_id(1) * (CHANNELS // 8) + tl.arange(0, CHANNELS // 8)  # of the channels
+                there = (rows < stop)[:, None] & (eighths * 8 < C)[None, :]
+                bits = tl.load(mask_ptr + rows.to(tl.int64)[:, None] * (C // 8) + eighths[None, :], mask=there, other=0)
+                bits = tl.broadcast_to(bits.to(tl.int32)[:, :, None], (ROWS, CHANNELS // 8, 8))
+                bits = tl.reshape(bits, (ROWS, CHANNELS)) >> (c % 8)[None, :]
+                g = tl.where(bits % 2 == 0, 0.0, g)
+            if GATE >= 2 or WITH_MORE:
                 tl.store(out_ptr + offsets, g.to(out_ptr.dtype.element_ty), mask=inside)
         sum_g += g
         sum_x += g * centered
@@ -267,12 +275,13 @@ def statistics(
     grid = (P, -(-C // options["CHANNELS"]))
     _statistics_kernel.launch(grid, part, x, layout.M, C, layout.S, per, LAST=layout.last, **options)
     stats = torch.empty((4, C), dtype=dtype, device=x.device)
+    near = x.as_strided((C,), (1 if layout.last else layout.S,))  # what differences were taken from
     finish, options = _finish(P, C)
     _finish_statistics_kernel.launch(
         finish,
         stats,
         part,
-        x,
+        near,
         part if weight is None else weight,
         part if bias is None else bias,
         *((part, part) if running is None else running),
@@ -281,7 +290,7 @@ def statistics(
         C,
         P,
         per,
-        1 if layout.last else layout.S,
+        near.stride(0),
         EPS=eps,
         WITH_WEIGHT=weight is not None,
         WITH_BIAS=bias is not None,
@@ -296,16 +305,16 @@ def sums(
     x: Tensor,
     stats: Tensor,
     gate: int,
-    y: Tensor | None = None,
+    mask: Tensor | None = None,
     other: Tensor | None = None,
     second: tuple[Tensor, Tensor] | None = None,
     more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of g, g x_hat and g `other`, (2 or 3, C); coefficients that follow from them (5, C); and g gated.
 
-    The gate is that of `other` where there is one, else that of g, which is written where y gates it or `more` is added
-    to it. `second` are the sums of v, with `other`, and of w: the coefficients are then those of the last pass, and the
-    sums the gradients of bias and weight. Without g, which stands for zeros, no pass is made.
+    The gate is that of `other` where there is one, else that of g, which is written where `mask` gates it or `more` is
+    added to it. `second` are the sums of v, with `other`, and of w: the coefficients are then those of the last pass,
+    and the sums the gradients of bias and weight. Without g, which stands for zeros, no pass is made.
     """
     layout, dtype = Layout.of(x), stats.dtype
     C, count, parts = layout.C, 2 if other is None else 3, 0
@@ -313,10 +322,10 @@ def sums(
     if g is not None:
         parts, per, options = _divide(layout, dtype == torch.float64)
         part = torch.empty((parts, count, C), dtype=dtype, device=x.device)
-        writes = other is None and (gate == GATE_OUTPUT or more is not None)
+        writes = other is None and (mask is not None or more is not None)
         gated = torch.empty_like(x) if writes else part
         grid = (parts, -(-C // options["CHANNELS"]))
-        operands = [part if t is None else t for t in (g, more, x, other, y)]
+        operands = [part if t is None else t for t in (g, more, x, other, mask)]
         _sums_kernel.launch(
             grid,
             *(part, gated, *operands, stats, layout.M, C, layout.S, per),

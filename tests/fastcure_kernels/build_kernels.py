@@ -22,13 +22,16 @@ TARGETS = {
 }
 ELEMENTWISE = {"BLOCK": 1024, "num_warps": 4}
 NHWC = {"only": ("fp32", "bf16"), "LAST": True, "ROWS": 32, "CHANNELS": 64, "num_warps": 4}
+FORWARD = {**NHWC, "FIRST": 2, "WITH_A": False, "WITH_BC": False, "GATE_IN": False, "WITH_RESIDUAL": True}
 KERNELS = {  # kernel, and a word where there are several of it -> its launch options at N = 150528
     "bias_relu._gated_sum_kernel": {**ELEMENTWISE, "READ": True, "WRITE": False},
     "bias_relu._gated_sum_kernel channels-last": {**ELEMENTWISE, "INNER": 1, "READ": False, "WRITE": True},
     "batch_norm._combine_kernel": {**NHWC, "FIRST": 0, "WITH_A": True, "WITH_BC": True, "GATE_IN": True, "GATE_OUT": 0},
+    "batch_norm._combine_kernel that-writes-bits": {**FORWARD, "GATE_OUT": 5},
+    "batch_norm._combine_kernel that-reads-bits": {**FORWARD, "FIRST": 0, "WITH_A": True, "GATE_OUT": 3},
     "channel_sums._statistics_kernel": NHWC,
     "channel_sums._sums_kernel": {**NHWC, "GATE": 1, "WITH_OTHER": True, "WITH_MORE": False},
-    "channel_sums._sums_kernel in-two-parts": {**NHWC, "GATE": 2, "WITH_OTHER": False, "WITH_MORE": True},
+    "channel_sums._sums_kernel in-two-parts": {**NHWC, "GATE": 3, "WITH_OTHER": False, "WITH_MORE": True},
     "channel_sums._finish_sums_kernel": {
         "only": ("fp32",),
         "PARTS": 512,

@@ -35,7 +35,7 @@ def test_builds(tmp_path):
     run = subprocess.run([sys.executable, script, *TARGETS], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     builds = [json.loads(line) for line in run.stdout.splitlines()]
-    assert Counter(build["target"] for build in builds) == dict.fromkeys(TARGETS, 29) | {"sm_90": 38}
+    assert Counter(build["target"] for build in builds) == dict.fromkeys(TARGETS, 33) | {"sm_90": 42}
     for build in builds:
         operator = build["kernel"].split(".")[0]
         assert build["spilled"] == 0, build
