@@ -111,10 +111,9 @@ class _BatchNorm(torch.autograd.Function):
         y, norm, ctx.eps, ctx.seen = made
         token = x.new_empty(0)
         dense = None if norm.x is x else norm.x
-        bits = None if norm.mask is y else norm.mask
-        save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None, bits)
+        save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None, norm.mask)
         ctx.set_materialize_grads(False)
-        ctx.relu, ctx.residual, ctx.left = norm.relu, norm.mask is not None, {}
+        ctx.left = {}
         ctx.splits = residual is not None and type(residual) is Tensor and earlier_uses(residual) is not None
         if passes.runs_as_kernels(norm.x):
             reads_parts(ctx)
@@ -125,7 +124,7 @@ class _BatchNorm(torch.autograd.Function):
         left = ctx.left.pop(backward_id(), [])
         if g is None and not left:
             return (None,) * 6
-        x, weight, token, dense, stats, y, bits = saved(ctx)
+        x, weight, token, dense, stats, y, mask = saved(ctx)
         if g is not None:
             refuse_batched(g)
         through: Tensor | None = None
@@ -134,11 +133,9 @@ class _BatchNorm(torch.autograd.Function):
         if g is not None and torch.is_grad_enabled():
             # create_graph: the input gradient becomes a node with the rule above.
             want = wanted(ctx, 4)
-            operands = token, g, x, weight, dense, stats, y, bits, ctx.residual, ctx.eps, ctx.left
+            operands = token, g, x, weight, dense, stats, y, mask, ctx.eps, ctx.left
             g_x, w = _InputGradient.apply(*operands) if want[0] or want[3] else (None, None)
-            g_residual = w if ctx.residual else None
-            if g_residual is not None and ctx.splits and want[3]:
-                g_residual = SplitGradient.of(g_residual)
+            g_residual = None if mask is None else _handed_on(ctx, w)
             g_weight: Tensor | None = None
             g_bias: Tensor | None = None
             if any(want[1:3]):
@@ -147,7 +144,7 @@ class _BatchNorm(torch.autograd.Function):
                 g_weight = (w * normalised(x.to(w.dtype), dims, ctx.eps)).sum(dims) if want[1] else None
                 g_bias = w.sum(dims) if want[2] else None
             return g_x, g_weight, g_bias, g_residual, through, None
-        norm = _norm(x, weight, dense, stats, y, bits, ctx.residual)
+        norm = _norm(x, weight, dense, stats, y, mask)
         found = [passes.last_backward(norm, g if i == 0 else None, *operands) for i, operands in enumerate(left)]
         if not left and g is not None:
             found = [passes.backward(norm, g)]
@@ -159,9 +156,7 @@ class _BatchNorm(torch.autograd.Function):
         parameters = (
             total if need else None for total, need in zip(sums.flip(0), ctx.needs_input_grad[1:], strict=False)
         )
-        if masked is not None and ctx.splits and ctx.needs_input_grad[3]:
-            masked = SplitGradient.of(masked)
-        return g_x, *parameters, masked if ctx.residual else None, through, None
+        return g_x, *parameters, None if mask is None else _handed_on(ctx, masked), through, None
 
 
 class _InputGradient(torch.autograd.Function):
@@ -177,15 +172,14 @@ class _InputGradient(torch.autograd.Function):
         dense: Tensor | None,
         stats: Tensor,
         y: Tensor | None,
-        bits: Tensor | None,
-        residual: bool,
+        mask: Tensor | None,
         eps: float,
         left: dict[int, list[tuple[Tensor, ...]]],
     ) -> tuple[Tensor, Tensor | None]:
-        q, sums, w = passes.backward(_norm(x, weight, dense, stats, y, bits, residual), g)
-        save(ctx, w, x, weight, dense, stats, sums, y, bits)
+        q, sums, w = passes.backward(_norm(x, weight, dense, stats, y, mask), g)
+        save(ctx, w, x, weight, dense, stats, sums, y, mask)
         ctx.set_materialize_grads(False)
-        ctx.residual, ctx.eps, ctx.left = residual, eps, left
+        ctx.eps, ctx.left = eps, left
         return q, None if w is g else w
 
     @staticmethod
@@ -193,9 +187,9 @@ class _InputGradient(torch.autograd.Function):
         for each in (v, v_residual):
             if each is not None:
                 refuse_batched(each)
-        w, x, weight, dense, stats, w_sums, y, bits = saved(ctx)
+        w, x, weight, dense, stats, w_sums, y, mask = saved(ctx)
         if v is None:
-            return None, v_residual if v_residual is None or y is None else gate(v_residual, y), *(None,) * 9
+            return None, v_residual if v_residual is None or y is None else gate(v_residual, y), *(None,) * 8
         if torch.is_grad_enabled():  # create_graph: what follows must itself be differentiable
             # Of views: g may depend on x, and that is not asked for here. What is gated may be gated again.
             g, x, weight = w.view_as(w), x.view_as(x), weight if weight is None else weight.view_as(weight)
@@ -207,21 +201,19 @@ class _InputGradient(torch.autograd.Function):
             if v_residual is not None:
                 results, directions = [again, w], [v, v_residual]
             found = differentiated(results, [g, x, weight], ctx.needs_input_grad[1:], directions)
-            return None, *found, *(None,) * 7
-        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats, y, bits, ctx.residual), v, w, v_residual)
+            return None, *found, *(None,) * 6
+        u, v_sums = passes.double_backward(_norm(x, weight, dense, stats, y, mask), v, w, v_residual)
         if engine_will_execute(ctx.next_functions[0][0]):  # the norm's, which runs after all nodes of its gradients
             ctx.left.setdefault(backward_id(), []).append((v, w, v_sums, w_sums))
-        return None, u, *(None,) * 9
+        return None, u, *(None,) * 8
+
+
+def _handed_on(ctx: Any, w: Tensor | None) -> Tensor | None:
+    """Return the gradient of a residual, to which the node behind it may add another as it reads both."""
+    return SplitGradient.of(w) if w is not None and ctx.splits and ctx.needs_input_grad[3] else w
 
 
 def _norm(
-    x: Tensor,
-    weight: Tensor | None,
-    dense: Tensor | None,
-    stats: Tensor,
-    y: Tensor | None,
-    bits: Tensor | None,
-    residual: bool,
+    x: Tensor, weight: Tensor | None, dense: Tensor | None, stats: Tensor, y: Tensor | None, mask: Tensor | None
 ) -> passes.Norm:
-    mask = y if residual and bits is None else bits
     return passes.Norm(x if dense is None else dense, stats, weight, mask, relu=y is not None)
