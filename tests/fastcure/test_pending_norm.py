@@ -219,14 +219,15 @@ def test_kernels_add_the_gradients_of_branches(use: str, monkeypatch: pytest.Mon
         assert torch.equal(value, other)
 
 
-def test_passes_that_are_differentiated_once_take_it_too() -> None:
+@pytest.mark.parametrize("use", ["residual, relu", "a block", "a block with a convolution beside it"])
+def test_passes_that_are_differentiated_once_take_it_too(use: str) -> None:
     norms, truth = Norms(), Norms().as_truth()
     with fused_norms(norms.x):
-        y = USES["residual, relu"](norms)
+        y = USES[use](norms)
         assert type(F.relu(norms.r).grad_fn).__name__ == "ReluBackward0"  # no rule, where there is no norm
     for ours, expected in zip(
         grad(y.sin().sum(), norms.leaves()[:4]),
-        grad(USES["residual, relu"](truth).sin().sum(), truth.leaves()[:4]),
+        grad(USES[use](truth).sin().sum(), truth.leaves()[:4]),
         strict=True,
     ):
         assert relative(ours, expected) < 1e-11
