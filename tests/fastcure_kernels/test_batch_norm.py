@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from fastcure_kernels import batch_norm as passes
@@ -105,6 +106,20 @@ def test_dtypes(device, close, dtype, after):
 def test_shapes(device, close, shape):
     check(operands(shape, device=device, after="residual and relu"), close, "residual and relu")
     check(operands(shape, device=device), close, "relu")
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5), (3, 16, 5, 4), (5, 24), (2, 72, 3, 3), (3, 136, 2, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_of_bits_where_channels_are_last(device, close, lay, dtype, shape):
+    o = operands(shape, dtype, device, "residual and relu")
+    order = "channels_last" if len(shape) == 4 else "contiguous"
+    check(o, close, "residual and relu", lay=lambda t: lay(t, order))
+    if os.environ["FASTCURE_BACKEND"] == "triton":
+        y, norm = forward(*(lay(t, order) if t.dim() == 4 else t for t in o[:3]), residual=o.residual, relu=True)
+        bits = norm.mask.cpu().numpy()
+        assert bits.nbytes == y.numel() // 8
+        memory = y.cpu().movedim(1, -1).flatten()
+        assert torch.equal(torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool(), memory > 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
