@@ -10,7 +10,7 @@ mkdir -p "$1" && OUT=$(cd "$1" && pwd) && shift || exit
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$PWD:$PWD/kernels:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}
 export BENCH_RESULTS=$OUT BENCH_SECONDS=${BENCH_SECONDS:-4} TMPDIR=${TMPDIR:-/tmp}
-parts=${*:-tests host step kernels double_backward vit attacks large resnet50 precision measures finetune}
+parts=${*:-tests host step kernels double_backward vit attacks large autotune resnet50 precision measures finetune}
 
 has() { "$PYTHON" -c "import sys, importlib.util as u; sys.exit(not u.find_spec('$1'))"; }
 bench() { "$PYTHON" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*.py' -o timeout=0 --benchmark-disable-gc -W default "$@"; }
@@ -26,6 +26,7 @@ tests() {
     "${options[@]}" "${files[@]}"
 }
 host() { "$PYTHON" benchmarks/host_cost.py; }
+autotune() { "$PYTHON" benchmarks/host_cost.py --autotune --only "(frozen|train|preset), auto|pgd"; }
 step() { bench benchmarks/bench_step.py -k "resnet18 and batch and 128"; }
 kernels() { BENCH_SECONDS=1 bench benchmarks/bench_kernels.py; }
 double_backward() { bench benchmarks/bench_double_backward.py; }
@@ -38,9 +39,9 @@ measures() { bench benchmarks/bench_measures.py -k "128"; }
 finetune() { "$PYTHON" -m fastcure finetune --preset digits --device cuda --out "$(mktemp -d)/run"; }
 
 declare -A limits=([tests]=150 [host]=120 [step]=120 [kernels]=90 [double_backward]=60 [vit]=60 [attacks]=30 [large]=90
-  [resnet50]=90 [precision]=150 [measures]=60 [finetune]=60)
+  [autotune]=80 [resnet50]=90 [precision]=150 [measures]=60 [finetune]=60)
 export PYTHON
-export -f has bench $(compgen -A function | grep -E "^(tests|host|step|kernels|double_backward|vit|large|resnet50|attacks|precision|measures|finetune)$")
+export -f has bench $(compgen -A function | grep -E "^(tests|host|step|kernels|double_backward|vit|large|autotune|resnet50|attacks|precision|measures|finetune)$")
 end=$((SECONDS + ${LIMIT:-540}))
 for part in $parts; do
   began=$SECONDS left=$((end - SECONDS)) limit=${limits[$part]:-60}

@@ -1,8 +1,8 @@
 """Who waits for whom on a GPU: what a training step costs the host, and what the device.
 
-`python benchmarks/host_cost.py [--model resnet18] [--batch 128] [--only "auto|pgd"]`. `wall` is a step of a loop that
-never waits for the device, `host` the time until its Python code returns, `busy` the time that kernels and copies run.
-A step whose `wall` is above its `busy` waits for the host. Forward and backward; no optimizer.
+`python benchmarks/host_cost.py [--model resnet18] [--batch 128] [--only "auto|pgd"] [--autotune]`. `wall` is a step of
+a loop that never waits for the device, `host` the time until its Python code returns, `busy` the time that kernels and
+copies run. A step whose `wall` is above its `busy` waits for the host. Forward and backward; no optimizer.
 """
 
 from __future__ import annotations
@@ -85,13 +85,15 @@ def timed(step: Callable[[], None], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print a line a step, and write `results/host-cuda.csv`."""
+    """Print a line a step, and write `results/host-cuda.csv`, or `host-autotuned-cuda.csv`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10, help="timed; the median counts")
     parser.add_argument("--only", default="", help="steps whose title this pattern finds, beside the standard one")
+    parser.add_argument("--autotune", action="store_true", help="let cuDNN try its algorithms for every shape")
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = args.autotune
     if DEVICE.type != "cuda":
         parser.error("this measures a GPU's host: there is no CUDA device; benchmarks/cost.py counts without one")
 
@@ -112,7 +114,7 @@ def main() -> None:
             row |= timed(partial(one, step, workload, model, x, y), args.rounds)
             print("  ".join(f"{name} {value}" for name, value in list(row.items())[2:]), flush=True)
             rows.append(row)
-            write("host-cuda", rows, DEVICE, by="step")
+            write("host-autotuned-cuda" if args.autotune else "host-cuda", rows, DEVICE, by="step")
 
 
 if __name__ == "__main__":
