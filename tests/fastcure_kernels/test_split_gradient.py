@@ -1,5 +1,9 @@
 """A gradient in two parts is their sum to whoever reads it, and two tensors to a kernel that asks."""
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
@@ -131,6 +135,28 @@ def test_changed_in_place():
     assert same is total
     assert torch.equal(total, (a + b) * 2)
     assert torch.equal(SplitGradient.of(a).add_(1.0), a)  # the memory of `a`
+
+
+READERS = {
+    "printing": repr,
+    "a copy": copy.deepcopy,
+    "pickle": lambda g: pickle.loads(pickle.dumps(g)),
+    "numpy": lambda g: torch.as_tensor(g.numpy()),
+    "numpy's own": lambda g: torch.as_tensor(np.asarray(g)),
+    "a list": lambda g: torch.tensor(g.tolist()),
+    "dlpack": torch.from_dlpack,
+    "storage": lambda g: torch.tensor(g.untyped_storage().tolist(), dtype=torch.uint8).view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_passes_operators_by_reads_the_sum(name, parts):
+    a, b = torch.rand(3), torch.rand(3)
+    g, expected = (SplitGradient.of(a), a) if parts == 1 else (SplitGradient.of(a) + b, a + b)
+    found = READERS[name](g)
+    assert found == repr(expected) if name == "printing" else torch.equal(found, expected)
+    assert g.data_ptr() != 0
 
 
 def test_nobody_behind_it_reads_parts(x):
