@@ -15,7 +15,7 @@ from fastcure.schedules import schedule
 class WithObjective:
     """Has an objective that is made when it is first needed, and that is no submodule: a checkpoint does not hold it.
 
-    It is made anew where the trainer has another network than before.
+    It is made anew where the trainer has another network than before, or the module another than the objective's.
 
     Raises:
         NotImplementedError: if a subclass does not define `make_objective`.
@@ -37,7 +37,8 @@ class WithObjective:
     def objective(self) -> Objective:
         """The objective, what `make_objective` returns."""
         trained, found = self._trained(), vars(self).get("_objective")
-        if found is None or vars(self)["_objective_of"] is not trained:
+        known, was_inside = vars(self).get("_objective_of", (None, False))
+        if found is None or known is not trained or (was_inside and not _inside(found.model, trained)):
             try:
                 found = self.make_objective()
             except AttributeError as error:  # a module would report that it has no `objective`
@@ -49,7 +50,7 @@ class WithObjective:
                 )
             refuse_parameters_beside(trained, found)
             # Past `nn.Module.__setattr__`, which would make submodules of them.
-            vars(self).update(_objective=found, _objective_of=trained)
+            vars(self).update(_objective=found, _objective_of=(trained, _inside(found.model, trained)))
         return found
 
     def _trained(self) -> nn.Module:
@@ -78,3 +79,7 @@ class WithObjective:
         for name, value in values.items():
             setattr(self.objective, name, value)
         return values
+
+
+def _inside(network: nn.Module, module: nn.Module) -> bool:
+    return any(each is network for each in module.modules())

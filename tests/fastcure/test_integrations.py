@@ -1,5 +1,6 @@
 """The mixins on stand-ins for the trainers; tests/distributed/test_examples.py has them on the real ones."""
 
+import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,17 @@ def test_a_network_that_the_trainer_makes_anew_is_the_one_that_is_trained(case: 
     assert all(parameter.grad is None for parameter in first.parameters())
     for parameter, expected in zip(second.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, expected)
+
+
+def test_a_network_that_a_module_is_given_anew_is_the_one_that_is_trained(case: Case) -> None:
+    module = Robust(case.model)
+    first = module.objective
+    assert module.objective is first
+    module.model = torch.compile(case.model, backend="eager")  # which has the network inside
+    assert module.objective is first
+    module.model = copy.deepcopy(case.model)
+    assert module.objective is not first
+    assert module.objective.model is module.model
 
 
 def test_a_wrapper_that_is_not_known_is_refused(case: Case) -> None:
