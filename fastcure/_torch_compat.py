@@ -16,7 +16,6 @@ import torch
 from fastcure_kernels.torch_compat import engine_will_execute as engine_will_execute
 from fastcure_kernels.torch_compat import tree_map as tree_map
 from fastcure_kernels.torch_compat import without_storage as without_storage
-from fastcure_kernels.torch_compat import without_torch_function as without_torch_function
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules._functions import BackwardHookFunction as BackwardHookFunction
@@ -155,6 +154,8 @@ def has_python_reducer(ddp: DistributedDataParallel) -> bool:
 
 # Subclasses of Tensor, and operators.
 
+without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
+"""Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""
 math_attention: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_attention_math
 """Attention in plain operators, chosen for one call: the public `sdpa_kernel` sets it for the whole process."""
 foreach_copy: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +10,8 @@ from torch.utils._pytree import tree_map as tree_map
 
 SomeTensor = TypeVar("SomeTensor", bound=Tensor)
 
-without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
-"""Within, functions take subclasses of Tensor for tensors; the public context disables modes as well."""
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+"""As `__torch_function__` of a subclass: functions take it for a tensor, and operators alone tell it apart."""
 
 
 def engine_will_execute(node: Any) -> bool:

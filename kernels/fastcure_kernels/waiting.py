@@ -6,14 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .torch_compat import without_torch_function
+from .torch_compat import no_torch_function
 
-READERS = frozenset(
-    [
-        *(Tensor.__repr__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__array__, Tensor.__dlpack__),
-        *(Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage),
-    ]
-)
+READERS = [
+    *("__repr__", "__deepcopy__", "__reduce_ex__", "__array__", "__dlpack__"),
+    *("numpy", "tolist", "data_ptr", "untyped_storage"),
+]
 
 
 class Waiting(Tensor):
@@ -22,9 +20,15 @@ class Waiting(Tensor):
     What passes operators by is given a plain tensor of the values, detached: printing, copying, saving, numpy.
     """
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with without_torch_function():
-            if func in READERS:
-                args = (args[0].detach(), *args[1:])
-            return func(*args, **(kwargs or {}))
+    __torch_function__ = no_torch_function
+
+
+def _of_values(name: str) -> Any:
+    def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.detach(), name)(*args, **kwargs)
+
+    return read
+
+
+for _name in READERS:
+    setattr(Waiting, _name, _of_values(_name))
