@@ -1,8 +1,10 @@
 import os
+import sys
 
 import pytest
 import torch
 from fastcure_kernels import bias_relu
+from fastcure_kernels.split_gradient import parts_of
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -121,7 +123,8 @@ def test_gradcheck(device):
         assert gradgradcheck(bias_relu, inputs)
 
 
-def test_third_derivatives_in_a_network(device, close):
+@pytest.mark.parametrize(("shape", "layout"), [((2, 3, 4), "contiguous"), ((2, 3, 2, 3), "channels_last")])
+def test_third_derivatives_in_a_network(device, close, lay, shape, layout):
     def deep(function, *tensors):
         x, bias, residual = leaves(*tensors)
         # Scaled so that all orders are near 1: the cosine of t multiplies the rounding of t by |t|.
@@ -132,7 +135,7 @@ def test_third_derivatives_in_a_network(device, close):
             scalar = sum((t * t.cos()).sum() for t in found[-3:])
         return found
 
-    tensors = operands((2, 3, 4), torch.float64, device)
+    tensors = [lay(t, layout) if t.ndim > 1 else t for t in operands(shape, torch.float64, device)]
     truths = deep(plainly, *(t.cpu() for t in tensors))
     for value, truth in zip(deep(bias_relu, *tensors), truths, strict=True):
         close(value, truth)
@@ -211,6 +214,21 @@ def test_the_mask_is_that_of_the_output(triton_device):
     y = bias_relu(x, bias)
     assert torch.equal(grad(y.sum(), x)[0], (y > 0).half())
     assert (y == 0).any()
+
+
+def test_the_kernel_adds_the_gradients_of_a_residual_that_is_used_twice(triton_device, close, monkeypatch):
+    read = []
+    module = sys.modules["fastcure_kernels.bias_relu"]
+    monkeypatch.setattr(module, "parts_of", lambda g: read.append(parts_of(g)) or read[-1])
+
+    def block(function, x, bias):
+        y = function(x, bias)
+        return grad(function(3 * y, bias, y).sin().sum(), x)[0]
+
+    tensors = leaves(*operands((2, 3, 5), torch.float64, triton_device, residual=False)[:2])
+    truth = block(plainly, *leaves(*(t.cpu() for t in tensors)))
+    close(block(bias_relu, *tensors), truth)
+    assert [second is not None for _, second in read] == [False, True]
 
 
 def test_operands_are_not_changed(device):
