@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fastcure_kernels import batch_norm as passes
-from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, reads_parts
+from fastcure_kernels.split_gradient import Branch, SplitGradient, reads_parts
 from torch import Tensor
 
 from fastcure._torch_compat import backward_id, engine_will_execute
@@ -114,7 +114,7 @@ class _BatchNorm(torch.autograd.Function):
         save(ctx, x, weight, token, dense, norm.stats, y if norm.relu else None, norm.mask)
         ctx.set_materialize_grads(False)
         ctx.left = {}
-        ctx.splits = residual is not None and type(residual) is Tensor and earlier_uses(residual) is not None
+        ctx.branch = Branch(residual, even_if_first=True) if residual is not None and type(residual) is Tensor else None
         if passes.runs_as_kernels(norm.x):
             reads_parts(ctx)
         return y, token
@@ -210,7 +210,8 @@ class _InputGradient(torch.autograd.Function):
 
 def _handed_on(ctx: Any, w: Tensor | None) -> Tensor | None:
     """Return the gradient of a residual, to which the node behind it may add another as it reads both."""
-    return SplitGradient.of(w) if w is not None and ctx.splits and ctx.needs_input_grad[3] else w
+    splits = w is not None and ctx.branch is not None and ctx.needs_input_grad[3] and ctx.branch.may_split()
+    return SplitGradient.of(w) if w is not None and splits else w
 
 
 def _norm(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastcure_kernels.split_gradient import SplitGradient, earlier_uses
+from fastcure_kernels.split_gradient import Branch, SplitGradient
 from torch import Tensor
 
 from fastcure.rules.passes import refuse_batched, save, saved, wanted
@@ -48,12 +48,13 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         save(ctx, x, weight)
         ctx.geometry = geometry
-        ctx.splits = bool(earlier_uses(x))
+        ctx.branch = Branch(x, even_if_first=False)
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         refuse_batched(g)
+        splits = ctx.branch.may_split()
         x, weight = saved(ctx)
         want = wanted(ctx, 3)
         if torch.is_grad_enabled():
@@ -62,7 +63,7 @@ class _Convolution(torch.autograd.Function):
             g_bias = g.sum([0, *range(2, g.dim())]) if want[2] else None
         else:  # all three in one call
             g_x, g_weight, g_bias = _backward(g, x, weight, ctx.geometry, want)
-        return SplitGradient.of(g_x) if g_x is not None and ctx.splits else g_x, g_weight, g_bias, None
+        return SplitGradient.of(g_x) if g_x is not None and splits else g_x, g_weight, g_bias, None
 
 
 class _InputGradient(torch.autograd.Function):

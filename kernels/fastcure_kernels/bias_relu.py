@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from .backend import use_triton
 from .jit import kernel
 from .rows import accumulation_dtype, check_operands
-from .split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
+from .split_gradient import Branch, SplitGradient, parts_of, reads_parts
 from .torch_compat import engine_will_execute
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ class _BiasReLU(torch.autograd.Function):
         y, mask = _gated_sum_and_mask(last, x, residual, bias)
         ctx.save_for_backward(mask)
         ctx.last, ctx.bias_dtype = last, None if bias is None else bias.dtype
-        ctx.splits = residual is not None and earlier_uses(residual) is not None
+        # Not beside a leaf, which may make the memory of this gradient its own.
+        ctx.branch = None if residual is None or x.is_leaf else Branch(residual, even_if_first=True)
         reads_parts(ctx)
         return y
 
@@ -137,7 +138,9 @@ class _BiasReLU(torch.autograd.Function):
         want_x, want_residual, want_bias, _ = ctx.needs_input_grad
         dtype = ctx.bias_dtype if want_bias and _wanted_now(ctx) else None
         a, b, sums = _Spread.apply(mask, ctx.last, w, want_x, want_residual, dtype)
-        return a, SplitGradient.of(b) if want_residual and ctx.splits else b, sums, None
+        if b is not None and ctx.branch is not None and ctx.branch.may_split():
+            b = SplitGradient.of(b)
+        return a, b, sums, None
 
 
 class _Spread(torch.autograd.Function):

@@ -2,18 +2,23 @@
 
 Autograd adds the gradients of a tensor that is used twice, reading both and writing one, before the node behind that
 tensor sees them. Where that node runs a kernel, one use may hand its gradient on as a `SplitGradient`: adding to it
-writes the other down and moves nothing. For everybody else, hooks and other operators, it is a tensor with the values
-of the sum, to the bit.
+writes the other down and moves nothing. Should another operator get it, it is a tensor with the values of the sum, to
+the bit. Where somebody holds the tensor whose gradient it is, or listens to it, none is made.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .torch_compat import tree_map, without_storage
+from .torch_compat import has_gradient_hooks, tree_map, without_storage
 from .waiting import Waiting
 
 
@@ -40,6 +45,7 @@ class SplitGradient(Waiting):
         out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
         for each in args:
             if isinstance(each, SplitGradient) and out is each.parts[0]:  # changed in place
+                increment_version(out)
                 return each
         return out
 
@@ -56,13 +62,45 @@ def reads_parts(ctx: Any) -> None:
     ctx.fastcure_uses = 0
 
 
-def earlier_uses(x: Tensor) -> int | None:
-    """Count a use of `x`: how many came before it, or None if nobody behind `x` reads gradients by `parts_of`."""
-    node = x.grad_fn
-    uses: int | None = getattr(node, "fastcure_uses", None)
-    if uses is not None:
-        node.fastcure_uses = uses + 1  # type: ignore[union-attr]
-    return uses
+class Branch:
+    """One use of a tensor, whose gradient may be a `SplitGradient`."""
+
+    def __init__(self, x: Tensor, *, even_if_first: bool) -> None:
+        node = x.grad_fn
+        uses: int | None = getattr(node, "fastcure_uses", None)
+        if uses is not None:
+            node.fastcure_uses = uses + 1  # type: ignore[union-attr]
+        self._read_in_parts = uses is not None and (even_if_first or uses > 0)
+        self._tensor = ref(x)
+
+    def may_split(self) -> bool:
+        """Tell whether the node behind reads parts, and nobody else can see them; ask before the tensor is unpacked."""
+        return self._read_in_parts and not _watched(self._tensor)
+
+
+def _watched(tensor: Callable[[], Tensor | None]) -> bool:
+    """Tell whether anybody can tell what gradient arrives at a tensor: holds it, or listens to it."""
+    if tensor() is None:
+        return False
+    if _holders(tensor) > _holders_if_autograd_alone():
+        return True
+    x = tensor()
+    return x is not None and (has_gradient_hooks(x) or x.retains_grad)
+
+
+def _holders(tensor: Callable[[], Tensor | None]) -> int:
+    return sys.getrefcount(tensor())
+
+
+@cache
+def _holders_if_autograd_alone() -> int:
+    with torch.enable_grad():  # a backward, in which this is asked for, has it off
+        x = torch.ones(1, requires_grad=True) * 1
+        graph = x * x
+    tensor = ref(x)
+    del x
+    assert graph.requires_grad
+    return _holders(tensor)
 
 
 def _joined(a: Any, b: Any) -> SplitGradient | None:

@@ -27,3 +27,8 @@ def without_storage(cls: type[SomeTensor], like: Tensor, strides: bool = False) 
     """Make a tensor of a subclass that has a shape but no memory; the public constructors all allocate."""
     laid = like.stride() if strides else None
     return Tensor._make_wrapper_subclass(cls, like.shape, laid, dtype=like.dtype, device=like.device)
+
+
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Tell whether a hook was registered on a tensor; hooks can be registered, but not listed."""
+    return bool(x._backward_hooks)

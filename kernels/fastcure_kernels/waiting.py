@@ -10,7 +10,7 @@ from .torch_compat import no_torch_function
 
 READERS = [
     *("__repr__", "__deepcopy__", "__reduce_ex__", "__array__", "__dlpack__"),
-    *("numpy", "tolist", "data_ptr", "untyped_storage"),
+    *("numpy", "tolist", "data_ptr", "storage", "untyped_storage", "share_memory_"),
 ]
 
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fastcure_kernels.split_gradient import SplitGradient, earlier_uses, parts_of, reads_parts
+from fastcure_kernels.split_gradient import Branch, SplitGradient, parts_of, reads_parts
 from torch import Tensor
 from torch.autograd import Function, grad
 
@@ -31,20 +31,26 @@ class Twice(Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.splits = earlier_uses(x) is not None
+        ctx.branch = Branch(x, even_if_first=True)
         return 2 * x
 
     @staticmethod
     def backward(ctx, g):
-        return SplitGradient.of(2 * g) if ctx.splits else 2 * g
+        return SplitGradient.of(2 * g) if ctx.branch.may_split() else 2 * g
 
 
-def used_twice(x, other=torch.sin, *more):
+def used_twice(x, other=torch.sin, *more, watch=lambda y: None):
+    """The node of a tensor with two uses, what anybody has asked of it, and a scalar made of it."""
     y = Reads.apply(x)
+    node, held = y.grad_fn, watch(y)
     total = other(y) + Twice.apply(y)
     for use in more:
         total = total + use(y)
-    return y, total.sum()
+    return node, held, total.sum()
+
+
+def in_parts(node):
+    return [second is not None for _, second in node.parts]
 
 
 @pytest.fixture
@@ -54,8 +60,7 @@ def x():
 
 
 def test_the_node_reads_two_tensors_and_nothing_added_them(x):
-    y, total = used_twice(x)
-    node = y.grad_fn
+    node, _, total = used_twice(x)
     (g,) = grad(total, x)
     ((first, second),) = node.parts
     assert {type(first), type(second)} == {Tensor}
@@ -64,40 +69,55 @@ def test_the_node_reads_two_tensors_and_nothing_added_them(x):
 
 
 def test_differentiated_again(x):
-    _, total = used_twice(x)
+    node, _, total = used_twice(x)
     (g,) = grad(total, x, create_graph=True)
     assert g.requires_grad
     torch.testing.assert_close(grad(g.square().sum(), x)[0], -2 * (x.cos() + 2) * x.sin())
+    assert in_parts(node)[0]
 
 
 def test_three_uses_are_added_up(x):
-    y, total = used_twice(x, torch.sin, torch.exp)
-    node = y.grad_fn
+    node, _, total = used_twice(x, torch.sin, torch.exp)
     (g,) = grad(total, x)
-    assert node.parts[0][1] is None
+    assert in_parts(node) == [False]
     torch.testing.assert_close(g, x.cos() + 2 + x.exp())
 
 
-def test_asked_for_seen_by_a_hook_and_kept(x):
-    y, total = used_twice(x)
+def with_hook(y):
     seen = []
     y.register_hook(seen.append)
-    y.retain_grad()
-    total.backward()
-    for found in (seen[0], y.grad, x.grad):
-        assert torch.equal(found, x.cos() + 2)
-        assert torch.equal(torch.tensor(found.tolist()), x.cos() + 2)
-    assert type(x.grad) is Tensor
-    y, total = used_twice(x)
-    (g,) = grad(total, y)
+    return seen
+
+
+WATCHED = {
+    "held": lambda y: y,
+    "kept by retain_grad": lambda y: y.retain_grad(),
+    "a hook": with_hook,
+    "a hook that changes it": lambda y: y.register_hook(lambda g: g.mul_(1.0)) and None,
+}
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_where_somebody_can_tell_it_is_a_tensor_in_memory(x, name):
+    node, held, total = used_twice(x, watch=WATCHED[name])
+    (g,) = grad(total, x, retain_graph=True)
+    assert in_parts(node) == [False]
     assert torch.equal(g, x.cos() + 2)
-    assert torch.equal(g.detach().clone().sign(), torch.sign(x.cos() + 2))
+    if name == "a hook":
+        assert [type(each) for each in held] == [Tensor]
+        assert torch.equal(held[0], g)
+    if name == "held":
+        (found,) = grad(total, held)
+        assert type(found) is Tensor
+        assert torch.equal(found, g)
 
 
-def test_a_hook_that_changes_it(x):
-    y, total = used_twice(x)
-    y.register_hook(lambda g: g.mul_(3.0))
-    torch.testing.assert_close(grad(total, x)[0], 3 * (x.cos() + 2))
+def test_a_hook_of_the_node_reads_the_sum(x):
+    node, _, total = used_twice(x)
+    seen = []
+    node.register_prehook(lambda gradients: seen.append(gradients[0]) or (gradients[0].mul(3.0),))
+    assert torch.equal(grad(total, x)[0], 3 * (x.cos() + 2))
+    assert torch.equal(seen[0].detach(), x.cos() + 2)
 
 
 def test_a_leaf_gets_an_ordinary_gradient(x):
@@ -160,7 +180,11 @@ def test_what_passes_operators_by_reads_the_sum(name, parts):
 
 
 def test_nobody_behind_it_reads_parts(x):
-    assert earlier_uses(x) is None
-    assert earlier_uses(x * 2) is None
+    for y in (x, x * 2):
+        assert not Branch(y, even_if_first=True).may_split()
     y = Reads.apply(x)
-    assert [earlier_uses(y), earlier_uses(y), earlier_uses(y)] == [0, 1, 2]
+    uses = [Branch(y, even_if_first=False) for _ in range(2)]
+    graph = y * y
+    del y
+    assert [use.may_split() for use in uses] == [False, True]
+    assert graph.requires_grad
