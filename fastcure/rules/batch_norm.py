@@ -76,8 +76,10 @@ def relu_of(pending: PendingNorm, in_place: bool) -> Tensor:
     y, norm = total.finish(relu=True)
     if in_place:
         pending.seen.overwritten()
-    made = _Made(y, norm, total.eps, total.seen)
-    z: Tensor = _BatchNorm.apply(total.x, total.weight, total.bias, total.residual, pending, made)[0]
+    made, residual = _Made(y, norm, total.eps, total.seen), total.residual
+    if isinstance(residual, PendingNorm) and residual.became is not None:
+        residual = residual.settled()
+    z: Tensor = _BatchNorm.apply(total.x, total.weight, total.bias, residual, pending, made)[0]
     return pending.becomes(z) if in_place else z
 
 

@@ -51,8 +51,7 @@ def double_backward() -> Iterator[None]:
     | `scaled_dot_product_attention` | the kernel that has a second derivative |
 
     On a GPU the output of a training-mode batch norm is computed when something reads it: a ReLU takes it, with what
-    was added to it, in one kernel. Until then it has no memory; whatever reads it finds it as ever. So do hooks find
-    the gradient of what a norm's ReLU gives to two branches, which the kernel adds up.
+    was added to it, in one kernel. Until then it has no memory; whatever reads it finds it as ever.
 
     In a transform of `torch.func`, under forward-mode AD, for subclasses of Tensor and for dtypes that a rule does not
     know, torch's own operator runs. Other threads are not affected. Contexts may be nested. With activation

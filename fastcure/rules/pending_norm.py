@@ -14,6 +14,7 @@ from weakref import ref
 
 import torch
 from fastcure_kernels import batch_norm as passes
+from fastcure_kernels.split_gradient import reads_parts, watched
 from fastcure_kernels.waiting import Waiting
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -112,7 +113,7 @@ class PendingNorm(Waiting):
 
     def settled(self) -> Tensor:
         """Return a plain tensor of these values and this history."""
-        return self.clone() if self.became is None else self.became
+        return self.clone() if self.became is None else torch.ops.aten.alias(self)
 
     def register_hook(self, *args: Any) -> Any:
         """As in torch."""
@@ -182,7 +183,7 @@ def _joined(a: Any, b: Any, *, in_place: bool) -> PendingNorm | None:
         total = first.waiting() if isinstance(first, PendingNorm) else None
         if total is None or total.residual is not None:
             continue
-        total = total.plus(other if not isinstance(other, PendingNorm) or other.became is None else other.became)
+        total = total.plus(other)
         if not in_place:
             return PendingNorm.of(total)
         first.total = total
@@ -194,8 +195,10 @@ class _Same(torch.autograd.Function):
     """Gives a pending norm the history of what it became."""
 
     @staticmethod
-    def forward(ctx: Any, pending: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, pending: PendingNorm, y: Tensor) -> Tensor:
         ctx.mark_dirty(pending)
+        seen, holder = pending.seen, ref(pending)
+        reads_parts(ctx, lambda: seen.asked or watched(holder))
         return pending
 
     @staticmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import ref
 
@@ -57,28 +57,37 @@ def parts_of(g: Tensor) -> tuple[Tensor, Tensor | None]:
     return g.parts[0], g.parts[1] if len(g.parts) == 2 else None
 
 
-def reads_parts(ctx: Any) -> None:
-    """Say, in the forward of a Function of one output that matters, that its backward reads gradients by `parts_of`."""
-    ctx.fastcure_uses = 0
+def reads_parts(ctx: Any, watched: Callable[[], bool] | None = None) -> None:
+    """Say, in the forward of a Function of one output that matters, that its backward reads gradients by `parts_of`.
+
+    Args:
+        ctx: of the Function.
+        watched: tells whether anybody can tell what gradient arrives at the output; without it the output is looked at.
+    """
+    ctx.fastcure_uses, ctx.fastcure_watched = 0, watched
 
 
 class Branch:
     """One use of a tensor, whose gradient may be a `SplitGradient`."""
 
     def __init__(self, x: Tensor, *, even_if_first: bool) -> None:
-        node = x.grad_fn
+        node: Any = x.grad_fn
+        if type(node).__name__ == "AliasBackward0":  # hands its gradient on
+            behind = node.next_functions[0][0]
+            node = behind if getattr(behind, "fastcure_watched", None) else node
         uses: int | None = getattr(node, "fastcure_uses", None)
-        if uses is not None:
-            node.fastcure_uses = uses + 1  # type: ignore[union-attr]
         self._read_in_parts = uses is not None and (even_if_first or uses > 0)
-        self._tensor = ref(x)
+        self._watched = partial(watched, ref(x))
+        if uses is not None:
+            node.fastcure_uses = uses + 1
+            self._watched = node.fastcure_watched or self._watched
 
     def may_split(self) -> bool:
         """Tell whether the node behind reads parts, and nobody else can see them; ask before the tensor is unpacked."""
-        return self._read_in_parts and not _watched(self._tensor)
+        return self._read_in_parts and not self._watched()
 
 
-def _watched(tensor: Callable[[], Tensor | None]) -> bool:
+def watched(tensor: Callable[[], Tensor | None]) -> bool:
     """Tell whether anybody can tell what gradient arrives at a tensor: holds it, or listens to it."""
     if tensor() is None:
         return False

@@ -96,6 +96,7 @@ USES: dict[str, Callable[[Norms], Tensor]] = {
     "a block": lambda n: block(n, lambda z: z),
     "a block with a convolution beside it": lambda n: block(n, lambda z: mixed(n, z)),
     "a block and a third use": lambda n: block(n, lambda z: z.sin() + z),
+    "a block in place": lambda n: (lambda z: n(mixed(n, z), 1).add_(z).relu_())(n(n.x).add_(n.r).relu_()),
     "a plain block": lambda n: (lambda z: F.relu(n(mixed(n, z), 1) + z))(F.relu(n(n.x))),
     "seen after": lambda n: (lambda y: F.relu(y) * y.sin())(n(n.x)),
     "seen before": lambda n: (lambda y: y.sin() * F.relu(y))(n(n.x)),
@@ -207,7 +208,9 @@ class PlainOperators(Operators):
         )
 
 
-@pytest.mark.parametrize("use", ["a block", "a block with a convolution beside it", "a plain block"])
+@pytest.mark.parametrize(
+    "use", ["a block", "a block with a convolution beside it", "a block in place", "a plain block"]
+)
 def test_kernels_add_the_gradients_of_branches(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with PlainOperators() as operators:
         found = second_order(Norms(), USES[use])
@@ -293,6 +296,27 @@ def test_its_own_gradient() -> None:
     norms = Norms()
     for value, expected in zip(run(norms), run(norms.as_truth()), strict=True):
         assert relative(value, expected) < 1e-11
+
+
+def test_the_gradient_of_what_a_relu_in_place_has_made() -> None:
+    def run(norms: Norms) -> list[Tensor]:
+        seen = list[Tensor]()
+        with double_backward():
+            z = norms(norms.x).add_(norms.r).relu_()
+            z.register_hook(seen.append)
+            z.retain_grad()
+            y = F.relu(norms(mixed(norms, z), 1) + z)
+            found = list(grad(y.sin().sum(), [z, norms.x], create_graph=True))
+        y.sin().sum().backward(retain_graph=True)
+        assert z.grad is not None
+        return [*found, *seen, z.grad, *grad(sum(g.square().sum() for g in found), norms.leaves())]
+
+    norms = Norms()
+    ours, truth = run(norms), run(norms.as_truth())
+    assert len(ours) == len(truth)
+    for value, expected in zip(ours, truth, strict=True):
+        assert type(value) is Tensor
+        assert relative(value, expected) < 1e-10
 
 
 @pytest.mark.parametrize("in_place", [False, True])
