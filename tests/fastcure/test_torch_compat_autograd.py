@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from canaries import breaks
+from fastcure_kernels.torch_compat import has_gradient_hooks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -105,6 +106,16 @@ def test_views_are_known() -> None:
     assert compat.is_view(x[0])
     assert not compat.is_view(x)
     assert not compat.is_view(x.clone())
+
+
+@breaks("a hook would be given a gradient that waits for another to be added")
+def test_hooks_of_tensors_are_known() -> None:
+    x = torch.ones(2, requires_grad=True) * 1
+    assert not has_gradient_hooks(x)
+    handle = x.register_hook(lambda g: g)
+    assert has_gradient_hooks(x)
+    handle.remove()
+    assert not has_gradient_hooks(x)
 
 
 @breaks("a rule asked about a leaf would get an answer that it does not know")
